@@ -1,0 +1,1 @@
+"""leaseq: a job queue that any language uses over HTTP."""

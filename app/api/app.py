@@ -1,0 +1,74 @@
+"""The ASGI application: routes in the order of how busy they are, middleware, documentation."""
+
+import re
+
+import structlog
+from fastapi import FastAPI
+from fastapi.routing import APIRoute
+from prometheus_fastapi_instrumentator import Instrumentator
+from starlette.datastructures import MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uuid_utils.compat import uuid7
+
+from app.api import openapi, operate, problems, work
+from app.api.thin import ThinRoute
+from app.engine.service import Service
+from app.telemetry import Metrics
+
+VERSION = "0.1.0"
+REQUEST_ID = re.compile("[A-Za-z0-9._-]{1,128}")
+
+# Long polls last as long as their wait, probes and scrapes are nobody's work: none belongs in the latencies.
+NOT_TIMED = ["^/lease$", "^/metrics$", "^/health"]
+
+
+class RequestIds:
+    """Gives every request an id, the client's own or a new one: in the reply, in problems, in each log line."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        given = next(
+            (value.decode("latin-1") for name, value in scope["headers"] if name == b"x-request-id"), ""
+        )
+        request_id = given if REQUEST_ID.fullmatch(given) else uuid7().hex
+        scope.setdefault("state", {})["request_id"] = request_id
+        structlog.contextvars.clear_contextvars()
+        structlog.contextvars.bind_contextvars(request_id=request_id)
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(raw=message["headers"]).append("X-Request-Id", request_id)
+            await send(message)
+
+        await self._app(scope, receive, send_with_id)
+
+
+def create_app(service: Service, metrics: Metrics, *, body_bytes_max: int, payload_bytes_max: int) -> FastAPI:
+    """Return the application that offers `service` over HTTP."""
+    app = FastAPI(title="leaseq", version=VERSION, redirect_slashes=False, generate_unique_id_function=_name)
+    thin = [ThinRoute(operation, body_bytes_max) for operation in work.operations(service, payload_bytes_max)]
+    app.router.routes[:0] = thin
+    app.include_router(operate.router(service, metrics))
+    problems.install(app)
+    app.add_middleware(RequestIds)
+    Instrumentator(
+        excluded_handlers=NOT_TIMED, should_group_untemplated=True, registry=metrics.registry
+    ).instrument(app, metric_namespace="leaseq")
+    app.openapi = lambda: _document(app, thin)  # type: ignore[method-assign]  # FastAPI's documented way
+    return app
+
+
+def _document(app: FastAPI, thin: list[ThinRoute]) -> dict[str, object]:
+    if app.openapi_schema is None:
+        app.openapi_schema = openapi.document(app, thin)
+    return app.openapi_schema
+
+
+def _name(route: APIRoute) -> str:
+    return route.name

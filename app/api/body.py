@@ -1,0 +1,116 @@
+"""Reading a request's body: bounded, and checked to be JSON that any other reader will take.
+
+What a producer sends is handed to workers as it came, so one job with bad JSON would spoil the reply for all that
+share it. msgspec checks the syntax also of what it passes through; this module adds what it leaves open there:
+UTF-8, lone surrogates, depth.
+"""
+
+import re
+from itertools import accumulate
+from typing import TypeVar
+
+import msgspec
+from starlette.types import Message, Receive, Scope
+
+from app.api.problems import RequestError
+from app.queue.errors import InvalidRequestError
+
+DEPTH_MAX = 500
+
+# Possessive, and content with the end of the text where a string has none: linear whatever is sent.
+_STRING = re.compile(rb'"(?:[^"\\]++|\\.?)*+(?:"|\Z)', re.DOTALL)
+_NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
+_STEP = [0] * 256
+for _open, _close in (b"[]", b"{}"):
+    _STEP[_open], _STEP[_close] = 1, -1
+_ESCAPE = re.compile(rb"\\(?:u([0-9a-fA-F]{4})|.)", re.DOTALL)
+_AT = re.compile(r"(?P<message>.*?)(?: - at `(?P<path>\$.*)`)?", re.DOTALL)
+
+T = TypeVar("T")
+
+
+async def read_body(scope: Scope, receive: Receive, bytes_max: int) -> bytes:
+    """Return the whole body. Raises RequestError when it is no JSON by its header, or too large (before reading it)."""
+    headers = dict(scope["headers"])
+    media_type = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
+    if media_type != b"application/json" and not media_type.endswith(b"+json"):
+        raise RequestError("unsupported_media_type", "Send the header Content-Type: application/json.")
+    length = headers.get(b"content-length", b"")
+    if length.isdigit() and int(length) > bytes_max:
+        raise _too_large(bytes_max)
+    message: Message = await receive()
+    body = message.get("body", b"")
+    if message.get("more_body"):
+        chunks = [body]
+        size = len(body)
+        while message.get("more_body"):
+            message = await receive()
+            chunks.append(message.get("body", b""))
+            size += len(chunks[-1])
+            if size > bytes_max:
+                raise _too_large(bytes_max)
+        body = b"".join(chunks)
+    if message["type"] == "http.disconnect":
+        raise RequestError("bad_request", "The connection ended within the body.")
+    if len(body) > bytes_max:
+        raise _too_large(bytes_max)
+    return bytes(body)
+
+
+def decode(decoder: "msgspec.json.Decoder[T]", body: bytes) -> T:
+    """Return the body as the decoder's type. Raises RequestError for what is no JSON, InvalidRequestError else."""
+    check_json(body)
+    try:
+        return decoder.decode(body)
+    except msgspec.ValidationError as error:
+        raise _invalid(str(error)) from None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise _malformed(str(error)) from None
+
+
+def check_json(body: bytes) -> None:
+    """Raise RequestError for what msgspec would pass through: bad UTF-8, lone surrogates, nesting over DEPTH_MAX."""
+    try:
+        body.decode()
+    except UnicodeDecodeError as error:
+        raise _malformed(f"it is not UTF-8 at byte {error.start}") from None
+    if b"\\u" in body and _has_lone_surrogate(body):
+        raise _malformed("it escapes half of a surrogate pair")
+    if body.count(b"[") + body.count(b"{") > DEPTH_MAX and depth(body) > DEPTH_MAX:
+        raise _malformed(f"it is nested deeper than {DEPTH_MAX}")
+
+
+def depth(body: bytes) -> int:
+    """Return how deep the brackets outside strings are nested."""
+    brackets = _STRING.sub(b"", body).translate(None, _NOT_BRACKETS)
+    return max(accumulate(map(_STEP.__getitem__, brackets)), default=0)
+
+
+def _has_lone_surrogate(body: bytes) -> bool:
+    expected_at = -1  # where the second half of a pair must begin
+    for match in _ESCAPE.finditer(body):
+        unit = int(match[1], 16) if match[1] else 0
+        if expected_at >= 0 and (match.start() != expected_at or not 0xDC00 <= unit <= 0xDFFF):
+            return True
+        if expected_at < 0 and 0xDC00 <= unit <= 0xDFFF:
+            return True
+        expected_at = match.end() if 0xD800 <= unit <= 0xDBFF else -1
+    return expected_at >= 0
+
+
+def _malformed(why: str) -> RequestError:
+    return RequestError("malformed_json", f"The body is not JSON: {why}.")
+
+
+def _too_large(bytes_max: int) -> RequestError:
+    # The rest of the body is not read, so the connection can not be used again.
+    return RequestError(
+        "body_too_large", f"A body may have at most {bytes_max} bytes.", {"Connection": "close"}
+    )
+
+
+def _invalid(text: str) -> InvalidRequestError:
+    match = _AT.fullmatch(text)
+    assert match is not None  # noqa: S101  # the pattern takes any text
+    field = (match["path"] or "$").removeprefix("$").removeprefix(".")
+    return InvalidRequestError(field or "body", match["message"])

@@ -1,0 +1,253 @@
+"""What operators and monitors ask: jobs, counts, health, metrics. FastAPI's own routes."""
+
+import base64
+import hashlib
+from typing import Annotated, Any
+from uuid import UUID
+
+from fastapi import APIRouter, Path, Query, Response
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
+
+from app.api.schemas import (
+    NAME_LENGTH_MAX,
+    NAME_PATTERN,
+    AttemptReply,
+    AttemptsReply,
+    HealthReply,
+    JobReply,
+    LiveReply,
+    PageReply,
+    StatsReply,
+    WorkerSeenReply,
+)
+from app.api.thin import encode, job_id_of
+from app.engine.service import Service
+from app.queue.errors import InvalidRequestError, UnavailableError
+from app.queue.lifecycle import State
+from app.queue.model import JobFilter
+from app.telemetry import Metrics
+
+LIMIT_DEFAULT = 50
+LIMIT_MAX = 500
+
+JobId = Annotated[str, Path(description="the job's id, a UUIDv7")]
+Name = Annotated[str, Field(pattern=NAME_PATTERN, max_length=NAME_LENGTH_MAX)]
+Text = Annotated[str, Field(pattern="^[^\\x00]*$", max_length=NAME_LENGTH_MAX * 2)]
+
+
+class ListQuery(BaseModel):
+    """Which jobs to list; what is repeated means any of them."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    state: list[State] = Field(default=[], description="repeatable")
+    queue: list[Name] = Field(default=[], max_length=100, description="repeatable")
+    type: list[Name] = Field(default=[], max_length=100, description="repeatable")
+    tag: Text | None = None
+    worker: Text | None = None
+    error: Text | None = Field(default=None, description="the exact `type` of the last error")
+    created_after: AwareDatetime | None = None
+    created_before: AwareDatetime | None = None
+    limit: int = Field(default=LIMIT_DEFAULT, ge=1, le=LIMIT_MAX)
+    cursor: str | None = Field(default=None, max_length=64, description="`next_cursor` of the page before")
+
+    def to_filter(self) -> JobFilter:
+        """Translate it for the queue."""
+        return JobFilter(
+            states=tuple(self.state),
+            queues=tuple(self.queue),
+            types=tuple(self.type),
+            tag=self.tag,
+            worker=self.worker,
+            error_type=self.error,
+            created_after=self.created_after,
+            created_before=self.created_before,
+        )
+
+
+def _answers(reply: type | None, description: str, *problems: str) -> dict[str, Any]:
+    """Say in OpenAPI what a route answers; `openapi.py` puts the schemas in the place of the names."""
+    name = None if reply is None else reply.__name__
+    return {"x-reply": name, "x-description": description, "x-problems": problems}
+
+
+def router(service: Service, metrics: Metrics) -> APIRouter:
+    """Return the routes."""
+    routes = APIRouter(default_response_class=Response)
+
+    @routes.get(
+        "/jobs",
+        tags=["Inspect"],
+        summary="List jobs, newest first",
+        openapi_extra=_answers(
+            PageReply, "A page; a page may be shorter than `limit` before the end.", "invalid"
+        ),
+    )
+    async def list_jobs(query: Annotated[ListQuery, Query()]) -> Response:
+        wanted = query.to_filter()
+        jobs, last = await service.page(wanted, query.limit, _position(query.cursor, wanted))
+        return _json(
+            PageReply([JobReply.of(job) for job in jobs], None if last is None else _cursor(last, wanted))
+        )
+
+    @routes.get(
+        "/jobs/{job_id}",
+        tags=["Inspect"],
+        summary="Show a job",
+        openapi_extra=_answers(JobReply, "The job as it stands.", "not_found"),
+    )
+    async def show_job(job_id: JobId) -> Response:
+        return _json(JobReply.of(await service.job(job_id_of(job_id))))
+
+    @routes.get(
+        "/jobs/{job_id}/attempts",
+        tags=["Inspect"],
+        summary="List a job's attempts",
+        openapi_extra=_answers(AttemptsReply, "Every attempt that is kept, oldest first.", "not_found"),
+    )
+    async def list_attempts(job_id: JobId) -> Response:
+        attempts = await service.attempts(job_id_of(job_id))
+        return _json(AttemptsReply([AttemptReply.of(attempt) for attempt in attempts]))
+
+    @routes.post(
+        "/jobs/{job_id}/cancel",
+        tags=["Operate"],
+        summary="Cancel a job",
+        description=(
+            "A waiting job is cancelled at once. An active one is asked to end: its worker's next heartbeat says so;"
+            " then an ack completes it, and a fail, a release or the end of its lease cancels it."
+        ),
+        openapi_extra=_answers(JobReply, "The job as it stands now.", "not_found", "wrong_state"),
+    )
+    async def cancel_job(job_id: JobId) -> Response:
+        return _json(JobReply.of(await service.cancel(job_id_of(job_id))))
+
+    @routes.post(
+        "/jobs/{job_id}/retry",
+        tags=["Operate"],
+        summary="Retry a failed, cancelled or expired job",
+        description="It is ready again with a fresh budget of `max_retries`; `attempt` goes on counting.",
+        openapi_extra=_answers(JobReply, "The job as it stands now.", "not_found", "wrong_state"),
+    )
+    async def retry_job(job_id: JobId) -> Response:
+        return _json(JobReply.of(await service.retry(job_id_of(job_id))))
+
+    @routes.delete(
+        "/jobs/{job_id}",
+        tags=["Operate"],
+        summary="Delete a job that has ended",
+        status_code=204,
+        openapi_extra=_answers(None, "It is gone, with its attempts.", "not_found", "wrong_state"),
+    )
+    async def delete_job(job_id: JobId) -> Response:
+        await service.delete(job_id_of(job_id))
+        return Response(status_code=204)
+
+    @routes.get(
+        "/stats",
+        tags=["Inspect"],
+        summary="Count the jobs that are kept",
+        openapi_extra=_answers(StatsReply, "In all, and by queue."),
+    )
+    async def show_stats() -> Response:
+        stats = await service.stats()
+        return _json(StatsReply(stats.jobs, stats.queues))
+
+    @routes.get(
+        "/health/live",
+        tags=["Health"],
+        summary="Whether the process is alive",
+        openapi_extra=_answers(LiveReply, "It is."),
+    )
+    async def is_live() -> Response:
+        return _json(LiveReply())
+
+    @routes.get(
+        "/health/ready",
+        tags=["Health"],
+        summary="Whether this process should get requests",
+        openapi_extra=_answers(LiveReply, "It should.", "unavailable"),
+    )
+    async def is_ready() -> Response:
+        problem = await service.readiness()
+        if problem is not None:
+            raise UnavailableError(problem)
+        return _json(LiveReply())
+
+    @routes.get(
+        "/health",
+        tags=["Health"],
+        summary="How the parts are",
+        openapi_extra={
+            **_answers(HealthReply, "All is well."),
+            "x-also": {503: "Something is not; `problem` says what."},
+        },
+    )
+    async def show_health() -> Response:
+        health = await service.health()
+        reply = HealthReply(
+            status="ok" if health.problem is None else "unavailable",
+            problem=health.problem,
+            database=health.database,
+            listening=health.listening,
+            maintenance_seconds_ago=health.maintenance_seconds_ago,
+            workers=[WorkerSeenReply(each.name, each.active, each.last_seen_at) for each in health.workers],
+            jobs=None if health.stats is None else health.stats.jobs,
+            oldest_ready_seconds=health.oldest_ready_seconds,
+        )
+        return Response(encode(reply), 200 if health.problem is None else 503, media_type="application/json")
+
+    @routes.get(
+        "/metrics", tags=["Health"], summary="Metrics for Prometheus", openapi_extra=_answers(str, "Text.")
+    )
+    async def show_metrics() -> Response:
+        await _read_gauges(service, metrics)
+        return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+    return routes
+
+
+async def _read_gauges(service: Service, metrics: Metrics) -> None:
+    size, idle = service.pool_usage()
+    metrics.show_process(
+        waiters=service.wakeups.waiters,
+        listening=service.wakeups.listening.is_set(),
+        pool_size=size,
+        pool_idle=idle,
+    )
+    if not metrics.gauges_due():
+        return
+    try:
+        counts = await service.counts()
+        metrics.show_database(
+            counts, await service.oldest_ready_seconds(counts), await service.maintenance_seconds_ago()
+        )
+    except UnavailableError:
+        metrics.show_database(None, {}, None)
+
+
+def _json(reply: object) -> Response:
+    return Response(encode(reply), media_type="application/json")
+
+
+def _cursor(last: UUID, wanted: JobFilter) -> str:
+    return base64.urlsafe_b64encode(last.bytes + _fingerprint(wanted)).decode().rstrip("=")
+
+
+def _position(cursor: str | None, wanted: JobFilter) -> UUID | None:
+    """Return the id that a cursor names. Raises InvalidRequestError when it is none, or of another list."""
+    if cursor is None:
+        return None
+    try:
+        raw = base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4))
+        position = UUID(bytes=raw[:16])
+    except ValueError:
+        raise InvalidRequestError("cursor", "is not a cursor of this service") from None
+    if raw[16:] != _fingerprint(wanted):
+        raise InvalidRequestError("cursor", "belongs to a list with other filters")
+    return position
+
+
+def _fingerprint(wanted: JobFilter) -> bytes:
+    return hashlib.blake2b(repr(wanted).encode(), digest_size=4).digest()

@@ -1,0 +1,183 @@
+"""The producers' and workers' verbs: enqueue, lease, heartbeat, ack, fail, release. All thin routes."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from uuid import UUID
+
+from msgspec import UNSET
+from starlette.requests import Request
+
+from app.api.problems import RequestError
+from app.api.schemas import (
+    AckBody,
+    EnqueueBody,
+    FailBody,
+    HeartbeatBody,
+    HeartbeatReply,
+    JobReply,
+    LeaseBody,
+    LeasedJobReply,
+    LeaseReply,
+    ReleaseBody,
+    SettledReply,
+)
+from app.api.thin import Operation, Reply, encode, job_id_of, lease_id_of
+from app.engine.service import Service
+
+_EXAMPLE_LEASE_ID = "7f3d2c52-7a4e-4a2b-9d6e-0d8b2a2f6c11"
+_NOTHING_CHANGES = (
+    " A lease that does not stand any more is answered with 409 `lease_lost`, and nothing changes."
+)
+_REPEATABLE = " The same call again gets the answer that was recorded."
+
+
+def operations(service: Service, payload_bytes_max: int) -> list[Operation]:
+    """Return the thin routes, the busiest first: routes are matched in order."""
+
+    def bounded(field: str, value: bytes) -> bytes:
+        if len(value) > payload_bytes_max:
+            raise RequestError("payload_too_large", f"{field} may have at most {payload_bytes_max} bytes.")
+        return value
+
+    async def enqueue(request: Request, body: EnqueueBody) -> Reply:
+        wanted = body.to_request(request.headers.get("traceparent"))
+        bounded("payload", wanted.payload)
+        job = await service.enqueue(wanted)
+        location = (b"location", f"/jobs/{job.id}".encode())
+        return Reply(encode(JobReply.of(job)), 201, (location,))
+
+    async def lease(request: Request, body: LeaseBody) -> Reply:
+        async with _disconnection(request) as gone:
+            leased = await service.lease(body.to_request(), gone)
+        return Reply(encode(LeaseReply([LeasedJobReply.of(job) for job in leased])))
+
+    async def heartbeat(request: Request, body: HeartbeatBody) -> Reply:
+        beat = await service.heartbeat(_job_id(request), lease_id_of(body.lease_id), body.extend_seconds)
+        return Reply(encode(HeartbeatReply(beat.lease_expires_at, beat.cancel_requested)))
+
+    async def ack(request: Request, body: AckBody) -> Reply:
+        result = None if body.result is UNSET else bounded("result", bytes(body.result))
+        job = await service.ack(_job_id(request), lease_id_of(body.lease_id), result)
+        return Reply(encode(JobReply.of(job)))
+
+    async def fail(request: Request, body: FailBody) -> Reply:
+        settled = await service.fail(_job_id(request), lease_id_of(body.lease_id), body.to_failure())
+        return Reply(encode(SettledReply(settled.state, settled.run_at)))
+
+    async def release(request: Request, body: ReleaseBody) -> Reply:
+        settled = await service.release(_job_id(request), lease_id_of(body.lease_id), body.delay_seconds)
+        return Reply(encode(SettledReply(settled.state, settled.run_at)))
+
+    by_lease = ("not_found", "lease_lost")
+    return [
+        Operation(
+            path="/jobs",
+            name="enqueue",
+            tag="Produce",
+            summary="Enqueue a job",
+            description="The job is in the database, committed, before the answer is sent.",
+            request=EnqueueBody,
+            reply=JobReply,
+            statuses={201: "The job is stored; `Location` names it."},
+            problems=("payload_too_large",),
+            example={"queue": "emails", "type": "welcome", "payload": {"to": "a@example.com"}},
+            handle=enqueue,
+            headers=("traceparent",),
+        ),
+        Operation(
+            path="/lease",
+            name="lease",
+            tag="Work",
+            summary="Lease jobs",
+            description=(
+                "Waits up to `wait_seconds` for the first job, then answers at once with what there is: at most"
+                " `max_jobs`, higher priority first, then those that became ready first. Nobody else gets these jobs"
+                " until their leases end. When the caller goes away before its answer, nothing is leased."
+            ),
+            request=LeaseBody,
+            reply=LeaseReply,
+            statuses={200: "Jobs to work on, or an empty list."},
+            problems=(),
+            example={"queues": ["emails"], "worker": "mailer-1"},
+            handle=lease,
+        ),
+        Operation(
+            path="/jobs/{job_id}/ack",
+            name="ack",
+            tag="Work",
+            summary="Finish a job",
+            description="The job is done." + _REPEATABLE + _NOTHING_CHANGES,
+            request=AckBody,
+            reply=JobReply,
+            statuses={200: "The job is `completed`."},
+            problems=(*by_lease, "payload_too_large"),
+            example={"lease_id": _EXAMPLE_LEASE_ID, "result": {"sent": True}},
+            handle=ack,
+        ),
+        Operation(
+            path="/jobs/{job_id}/heartbeat",
+            name="heartbeat",
+            tag="Work",
+            summary="Extend a lease",
+            description=(
+                "Sets the lease's end to the later of the present one and now plus `extend_seconds`, never past the"
+                " job's `timeout_seconds`. Tells whether someone wants the job cancelled." + _NOTHING_CHANGES
+            ),
+            request=HeartbeatBody,
+            reply=HeartbeatReply,
+            statuses={200: "The lease stands."},
+            problems=by_lease,
+            example={"lease_id": _EXAMPLE_LEASE_ID},
+            handle=heartbeat,
+        ),
+        Operation(
+            path="/jobs/{job_id}/fail",
+            name="fail",
+            tag="Work",
+            summary="Report a failed attempt",
+            description=(
+                "The job is retried after its backoff (`retry`), or is a dead letter (`failed`) when its retries are"
+                " used up or `retry` is false." + _REPEATABLE + _NOTHING_CHANGES
+            ),
+            request=FailBody,
+            reply=SettledReply,
+            statuses={200: "What became of the job."},
+            problems=by_lease,
+            example={
+                "lease_id": _EXAMPLE_LEASE_ID,
+                "error": {"type": "SmtpError", "message": "connection refused"},
+            },
+            handle=fail,
+        ),
+        Operation(
+            path="/jobs/{job_id}/release",
+            name="release",
+            tag="Work",
+            summary="Give a job back",
+            description=(
+                "The job is `ready` again at its old place in line, or `scheduled` after `delay_seconds`; the attempt"
+                " is not counted." + _REPEATABLE + _NOTHING_CHANGES
+            ),
+            request=ReleaseBody,
+            reply=SettledReply,
+            statuses={200: "What became of the job."},
+            problems=by_lease,
+            example={"lease_id": _EXAMPLE_LEASE_ID},
+            handle=release,
+        ),
+    ]
+
+
+def _job_id(request: Request) -> UUID:
+    return job_id_of(request.path_params["job_id"])
+
+
+@asynccontextmanager
+async def _disconnection(request: Request) -> AsyncIterator["asyncio.Future[object]"]:
+    """Yield a future that is done once the client has gone. The body must have been read."""
+    watch: asyncio.Future[object] = asyncio.ensure_future(request.receive())
+    try:
+        yield watch
+    finally:
+        watch.cancel()

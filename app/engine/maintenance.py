@@ -1,0 +1,158 @@
+"""What has to happen without a request: delayed jobs become ready, expired leases end, counts are folded, old jobs go.
+
+Every task is a bounded step that any number of processes may take at once: rows that another one holds are skipped.
+A task that fails is tried again in the next round, and does not keep the others from running.
+"""
+
+import asyncio
+import random
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+from app.engine.running import Component
+from app.engine.wakeup import Wakeups
+from app.queue.events import AttemptEnded, JobsPromoted, MaintenanceFailed, MaintenanceRan, Observer
+from app.queue.lifecycle import State
+from app.queue.model import Verdict
+from app.queue.policy import decide_expiry
+from app.store.jobs import Jobs, Line
+
+BATCH = 500
+FOLD_BATCH = 10_000
+STEPS_PER_ROUND = 40
+"""After so many full batches of one task the others have their turn."""
+
+OUTAGE_SECONDS_MIN = 5.0
+"""The reaper's silence for less than this (or three rounds) is no outage."""
+OUTAGE_SECONDS_MAX = 300.0
+DAYS_EVERY_SECONDS = 600.0
+
+
+@dataclass(frozen=True, slots=True)
+class Keeping:
+    """How long ended jobs are kept, in seconds."""
+
+    completed_seconds: float
+    dead_seconds: float
+
+
+class Maintenance(Component):
+    """Runs the tasks of this process, round after round."""
+
+    def __init__(
+        self, jobs: Jobs, wakeups: Wakeups, observer: Observer, keeping: Keeping, every_seconds: float
+    ) -> None:
+        super().__init__()
+        self._jobs = jobs
+        self._wakeups = wakeups
+        self._observer = observer
+        self._keeping = keeping
+        self._every_seconds = every_seconds
+        self._days_due_at = 0.0
+
+    async def run_once(self) -> dict[str, int]:
+        """Take every task's turn once; return how many rows each changed. Failures go to the observer."""
+        tasks: dict[str, Callable[[], Awaitable[int]]] = {
+            "days": self.days,
+            "reap": self.reap,
+            "promote": self.promote,
+            "fold": self.fold,
+            "retain": self.retain,
+        }
+        changed = {}
+        for name, task in tasks.items():
+            began = time.perf_counter()
+            try:
+                changed[name] = await task()
+            except Exception as error:  # noqa: BLE001  # whatever it is: the next round and the other tasks must go on
+                self._observer.on(MaintenanceFailed(task=name, error=repr(error)))
+            else:
+                took = time.perf_counter() - began
+                self._observer.on(MaintenanceRan(task=name, changed=changed[name], took_seconds=took))
+        return changed
+
+    async def reap(self) -> int:
+        """Turn expired leases into retries or dead letters."""
+        silence = max(OUTAGE_SECONDS_MIN, 3 * self._every_seconds)
+        await self._jobs.survive_outage(silence, OUTAGE_SECONDS_MAX)
+
+        async def step() -> int:
+            verdicts = await self._jobs.reap(
+                BATCH, lambda lease, now: decide_expiry(lease, now, random.random())
+            )
+            for verdict in verdicts:
+                self._observer.on(attempt_ended(verdict))
+            return len(verdicts)
+
+        return await _while_full(step, BATCH)
+
+    async def promote(self) -> int:
+        """Make delayed jobs ready whose time has come, and call those who wait for them."""
+
+        async def step() -> int:
+            promoted = await self._jobs.promote(BATCH)
+            for line, count in promoted.items():
+                self._observer.on(JobsPromoted(queue=line.queue, type=line.type or "", count=count))
+            self._wakeups.announce(promoted)
+            return sum(promoted.values())
+
+        return await _while_full(step, BATCH)
+
+    async def fold(self) -> int:
+        """Fold the deltas into the counts."""
+        return await _while_full(lambda: self._jobs.fold(FOLD_BATCH), FOLD_BATCH)
+
+    async def retain(self) -> int:
+        """Remove dead jobs whose retention has ended."""
+        return await _while_full(lambda: self._jobs.retain_dead(self._keeping.dead_seconds, BATCH), BATCH)
+
+    async def days(self) -> int:
+        """Make the days ahead, and drop those of completed jobs and attempts whose retention has ended."""
+        if time.monotonic() < self._days_due_at:
+            return 0
+        longest = max(self._keeping.completed_seconds, self._keeping.dead_seconds)
+        touched = await self._jobs.retain_days(self._keeping.completed_seconds, longest)
+        self._days_due_at = time.monotonic() + DAYS_EVERY_SECONDS
+        return touched
+
+    async def _run(self) -> None:
+        while True:
+            await self.run_once()
+            # Jitter keeps replicas that started together from working on the same rows for ever.
+            await asyncio.sleep(self._every_seconds * random.uniform(0.8, 1.2))
+
+
+def attempt_ended(verdict: Verdict) -> AttemptEnded:
+    """Tell of a verdict."""
+    lease = verdict.lease
+    return AttemptEnded(
+        job_id=lease.job_id,
+        queue=lease.queue,
+        type=lease.type,
+        worker=lease.worker,
+        attempt=lease.attempt,
+        outcome=verdict.outcome,
+        state=verdict.state,
+        ran_seconds=max((verdict.decided_at - lease.leased_at).total_seconds(), 0.0),
+    )
+
+
+def ready_lines(verdicts: list[Verdict]) -> dict[Line, int]:
+    """Return the lines that the verdicts have put ready jobs on."""
+    lines: dict[Line, int] = {}
+    for verdict in verdicts:
+        if verdict.state is State.READY:
+            line = Line(verdict.lease.queue, verdict.lease.type)
+            lines[line] = lines.get(line, 0) + 1
+    return lines
+
+
+async def _while_full(step: Callable[[], Awaitable[int]], batch: int) -> int:
+    total = 0
+    for _ in range(STEPS_PER_ROUND):
+        changed = await step()
+        total += changed
+        if changed < batch:
+            break
+    return total

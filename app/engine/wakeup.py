@@ -1,0 +1,259 @@
+"""Waiting leases, and how they learn that a job is ready.
+
+A lease that found nothing waits in the room, holding no connection and no transaction. It is called when a job
+becomes ready on one of its lines (a queue, or one type of a queue):
+
+- by this process, at once, when the job was enqueued, released, retried or promoted here;
+- by a hint from another process: a NOTIFY sent after the COMMIT, coalesced, at most one each HINT_PAUSE_SECONDS;
+- by the poll, one statement for the whole room each `poll_seconds` (jittered), because a hint may be lost.
+
+As many leases are called as there are jobs, the longest waiting first. Nothing is missed in between:
+
+- A lease enters the room before it looks at the table, so a job either is seen or calls it.
+- A lease that leaves with a call it has not used (its client vanished, it found another job) hands the call on.
+- What calls nobody here is told to the other processes; what was called for here is not.
+- After the listening connection was lost, everybody is looked up once, since hints went by.
+
+Losing every hint costs up to `poll_seconds`, never a job.
+"""
+
+import asyncio
+import heapq
+import itertools
+import json
+import random
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from typing import Any
+from uuid import uuid4
+
+import structlog
+
+from app.engine.running import Component
+from app.queue.errors import UnavailableError
+from app.store.database import Database, is_away
+from app.store.jobs import Jobs, Line
+
+HINT_PAUSE_SECONDS = 0.01
+HINT_BYTES_MAX = 7000
+"""PostgreSQL refuses a NOTIFY of 8,000 bytes; what does not fit asks the others to look for themselves."""
+
+SIGN_OF_LIFE_SECONDS = 10.0
+RECONNECT_SECONDS_MAX = 5.0
+
+log = structlog.get_logger(__name__)
+
+
+class Waiter:
+    """One waiting lease."""
+
+    def __init__(self, lines: frozenset[Line], arrival: int) -> None:
+        self.lines = lines
+        self.arrival = arrival
+        self.called_for: Line | None = None
+        self._answer: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+
+    def listen(self) -> None:
+        """Be ready for the next call. Call this before looking: what becomes ready from now on will call."""
+        if self._answer.done():
+            self._answer = asyncio.get_running_loop().create_future()
+        self.called_for = None
+
+    async def called(self, until: float) -> bool:
+        """Wait for a call until the loop's time `until`. False when the time is up or the lease was sent away."""
+        try:
+            async with asyncio.timeout_at(until):
+                return await self._answer
+        except TimeoutError:
+            return False
+
+    def call(self, line: Line) -> None:
+        """Tell it that a job is ready on `line`."""
+        self.called_for = line
+        if not self._answer.done():
+            self._answer.set_result(True)
+
+    def send_away(self) -> None:
+        """End its waiting without a job."""
+        if not self._answer.done():
+            self._answer.set_result(False)
+
+
+class Room:
+    """The waiting leases of this process, in the order of their arrival."""
+
+    def __init__(self) -> None:
+        self._lines: dict[Line, dict[Waiter, None]] = {}
+        self._waiters: set[Waiter] = set()
+        self._arrivals = itertools.count()
+
+    def __len__(self) -> int:
+        return len(self._waiters)
+
+    def enter(self, lines: Iterable[Line]) -> Waiter:
+        """Let a lease wait at `lines`."""
+        waiter = Waiter(frozenset(lines), next(self._arrivals))
+        self._waiters.add(waiter)
+        for line in waiter.lines:
+            self._lines.setdefault(line, {})[waiter] = None
+        return waiter
+
+    def leave(self, waiter: Waiter) -> None:
+        """Let a lease go."""
+        self._waiters.discard(waiter)
+        for line in waiter.lines:
+            waiting = self._lines[line]
+            waiting.pop(waiter, None)
+            if not waiting:
+                del self._lines[line]
+
+    def call(self, line: Line, count: int) -> int:
+        """Call up to `count` leases that would take a job of this queue and type; return how many were."""
+        lines = {line, Line(line.queue)}
+        waiting = [self._uncalled(self._lines.get(each, {})) for each in lines]
+        called = 0
+        for waiter in itertools.islice(heapq.merge(*waiting, key=lambda waiter: waiter.arrival), count):
+            waiter.call(line)
+            called += 1
+        return called
+
+    def send_all_away(self) -> None:
+        """End everybody's waiting without a job."""
+        for waiter in self._waiters:
+            waiter.send_away()
+
+    def waiting(self) -> dict[Line, int]:
+        """Return how many wait at each line."""
+        return {line: len(waiters) for line, waiters in self._lines.items()}
+
+    @staticmethod
+    def _uncalled(waiters: Iterable[Waiter]) -> Iterator[Waiter]:
+        return (waiter for waiter in list(waiters) if waiter.called_for is None)
+
+
+class Wakeups(Component):
+    """The room, and its connection to the other processes."""
+
+    def __init__(self, database: Database, jobs: Jobs, poll_seconds: float) -> None:
+        super().__init__()
+        self._database = database
+        self._jobs = jobs
+        self._poll_seconds = poll_seconds
+        self._room = Room()
+        self._hints: dict[Line, int] = {}
+        self._to_say = asyncio.Event()
+        self._to_look = asyncio.Event()
+        self._origin = uuid4().hex
+        self._channel = f"leaseq {database.schema}"
+        self.listening = asyncio.Event()
+        """Set while hints from other processes are heard."""
+
+    @contextmanager
+    def waiting(self, lines: Iterable[Line]) -> Iterator[Waiter]:
+        """Wait at `lines` for the length of the block; a call that was not used goes to the next in line."""
+        waiter = self._room.enter(lines)
+        try:
+            yield waiter
+        finally:
+            self._room.leave(waiter)
+            if waiter.called_for is not None:
+                self.announce({waiter.called_for: 1})
+
+    @property
+    def waiters(self) -> int:
+        """How many leases wait in this process."""
+        return len(self._room)
+
+    def announce(self, ready: Mapping[Line, int]) -> None:
+        """Tell whoever waits, here first, that so many jobs are ready on these lines."""
+        for line, count in ready.items():
+            left = count - self._room.call(line, count)
+            if left > 0:
+                self._hints[line] = self._hints.get(line, 0) + left
+                self._to_say.set()
+
+    def send_all_away(self) -> None:
+        """Answer all waiting leases now, without a job."""
+        self._room.send_all_away()
+
+    async def look(self) -> None:
+        """Look for ready jobs that nobody was called for, and call. Raises UnavailableError."""
+        waiting = self._room.waiting()
+        if waiting:
+            for line, count in (await self._jobs.ready_at(waiting)).items():
+                self._room.call(line, count)
+
+    async def _run(self) -> None:
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._poll())
+            tasks.create_task(self._stay_connected())
+
+    async def _poll(self) -> None:
+        while True:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(self._poll_seconds * random.uniform(0.8, 1.2)):
+                    await self._to_look.wait()
+            self._to_look.clear()
+            try:
+                await self.look()
+            except UnavailableError as error:
+                log.warning("poll_failed", error=str(error))
+
+    async def _stay_connected(self) -> None:
+        tries = 0
+        while True:
+            try:
+                connection = await self._database.connect()
+            except Exception as error:
+                if not is_away(error):
+                    raise
+                tries += 1
+                await asyncio.sleep(min(0.1 * 2**tries, RECONNECT_SECONDS_MAX) * random.uniform(0.5, 1))
+                continue
+            try:
+                await connection.add_listener(self._channel, self._heard)
+                # A connection that ends has something to say too: sending it fails, at once.
+                connection.add_termination_listener(lambda _: self._to_say.set())
+                self.listening.set()
+                # Hints may have gone by while nobody listened.
+                self._to_look.set()
+                tries = 0
+                await self._talk(connection)
+            except Exception as error:
+                if not is_away(error):
+                    raise
+                log.warning("hints_lost", error=str(error))
+            finally:
+                self.listening.clear()
+                connection.terminate()
+
+    async def _talk(self, connection: Any) -> None:
+        """Send hints while there are any, and a sign of life else: a dead peer shows only when it is spoken to."""
+        while True:
+            try:
+                async with asyncio.timeout(SIGN_OF_LIFE_SECONDS):
+                    await self._to_say.wait()
+            except TimeoutError:
+                await connection.execute("SELECT 1")
+                continue
+            self._to_say.clear()
+            hints, self._hints = self._hints, {}
+            await connection.execute("SELECT pg_notify($1, $2)", self._channel, self._message(hints))
+            await asyncio.sleep(HINT_PAUSE_SECONDS)
+
+    def _message(self, hints: Mapping[Line, int]) -> str:
+        said = {
+            "from": self._origin,
+            "ready": [[line.queue, line.type, count] for line, count in hints.items()],
+        }
+        message = json.dumps(said)
+        return message if len(message) <= HINT_BYTES_MAX else json.dumps({"from": self._origin, "look": True})
+
+    def _heard(self, _connection: object, _pid: int, _channel: str, message: object) -> None:
+        said = json.loads(str(message))
+        if said["from"] == self._origin:
+            return
+        if said.get("look"):
+            self._to_look.set()
+        for queue, type_, count in said.get("ready", ()):
+            self._room.call(Line(queue, type_), count)

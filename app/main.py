@@ -1,0 +1,169 @@
+"""The composition root: the only place that builds the parts and puts them together."""
+
+import asyncio
+import signal
+import socket
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+
+import structlog
+import uvicorn
+from fastapi import FastAPI
+
+from app.api.app import create_app
+from app.engine.maintenance import Keeping
+from app.engine.service import Service
+from app.queue.errors import UnavailableError
+from app.queue.events import Observer
+from app.settings import Settings
+from app.store.database import Database
+from app.store.jobs import Jobs
+from app.store.migrate import is_migrated, upgrade
+from app.telemetry import EventLog, Everyone, Metrics
+
+KEEP_ALIVE_SECONDS = 75
+"""Longer than the idle time of usual proxies: a connection that we close first costs its next request a 502."""
+
+log = structlog.get_logger(__name__)
+
+
+class NotMigratedError(Exception):
+    """The schema is older than this code; the text says what to do."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The parts of one process."""
+
+    settings: Settings
+    database: Database
+    jobs: Jobs
+    service: Service
+    app: FastAPI
+
+
+def build(
+    settings: Settings,
+    *,
+    clock: Callable[[], datetime | None] = lambda: None,
+    observers: Sequence[Observer] = (),
+) -> Machine:
+    """Build the parts; nothing connects or runs yet. `clock` moves the database's clock in tests."""
+    database = Database(
+        settings.require_database_url(), schema=settings.schema_name, pool_size=settings.db_pool_size
+    )
+    jobs = Jobs(database, clock)
+    metrics = Metrics()
+    service = Service(
+        database,
+        jobs,
+        Everyone([metrics, EventLog(), *observers]),
+        settings.defaults,
+        Keeping(completed_seconds=settings.retention_seconds, dead_seconds=settings.dead_retention_seconds),
+        maintenance_seconds=settings.maintenance_seconds,
+        poll_seconds=settings.poll_seconds,
+        max_lease_waiters=settings.max_lease_waiters,
+    )
+    app = create_app(
+        service,
+        metrics,
+        body_bytes_max=settings.max_body_bytes,
+        payload_bytes_max=settings.max_payload_bytes,
+    )
+    return Machine(settings, database, jobs, service, app)
+
+
+@asynccontextmanager
+async def connected(machine: Machine) -> AsyncIterator[Machine]:
+    """Connect to a migrated database for the length of the block.
+
+    Raises UnavailableError, or NotMigratedError when migrations are missing that the settings do not let us apply.
+    """
+    try:
+        if machine.settings.migrate:
+            await upgrade(machine.database)
+        elif not await is_migrated(machine.database):
+            message = "The database lacks migrations: run `python -m app migrate`, or set QUEUE_MIGRATE=true."
+            raise NotMigratedError(message)
+        await machine.database.start()
+        await machine.jobs.prepare()
+        yield machine
+    finally:
+        await machine.database.close()
+
+
+@asynccontextmanager
+async def running(machine: Machine) -> AsyncIterator[Machine]:
+    """Run everything but the HTTP server for the length of the block. Raises as `connected` does."""
+    async with connected(machine):
+        await machine.service.start()
+        try:
+            yield machine
+        finally:
+            await machine.service.stop()
+
+
+class Server(uvicorn.Server):
+    """uvicorn, which tells the service of a stop before it waits for the requests to end."""
+
+    def __init__(self, machine: Machine) -> None:
+        settings = machine.settings
+        super().__init__(
+            uvicorn.Config(
+                machine.app,
+                host=settings.host,
+                port=settings.port,
+                lifespan="off",
+                access_log=False,
+                log_config=None,
+                server_header=False,
+                timeout_keep_alive=KEEP_ALIVE_SECONDS,
+                timeout_graceful_shutdown=max(1, round(settings.shutdown_seconds)),
+            )
+        )
+        self._service = machine.service
+
+    @property
+    def port(self) -> int:
+        """The port that it serves on, once it does: also when the settings asked for any free one."""
+        port: int = self.servers[0].sockets[0].getsockname()[1]
+        return port
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Answer the waiting leases, then wait for all requests to end."""
+        log.info("stopping")
+        self._service.drain()
+        await super().shutdown(sockets)
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Stop at SIGINT and SIGTERM. uvicorn's own way raises the signal again afterwards, amid our own clean-up."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self.handle_exit, number, None)
+        try:
+            yield
+        finally:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                loop.remove_signal_handler(number)
+
+
+async def serve(settings: Settings, ready: Callable[[Server], None]) -> None:
+    """Serve until a signal comes; `ready` is called once requests are taken.
+
+    Raises UnavailableError when the database does not answer at the start, or the address can not be had.
+    """
+    async with running(build(settings)) as machine:
+        server = Server(machine)
+        serving = asyncio.create_task(server.serve())
+        while not server.started and not serving.done():
+            await asyncio.sleep(0.01)
+        if server.started:
+            ready(server)
+        try:
+            await serving
+        except SystemExit:
+            message = f"The address {settings.host}:{settings.port} can not be served on: is it taken?"
+            raise UnavailableError(message) from None

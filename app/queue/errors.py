@@ -1,0 +1,63 @@
+"""What can go wrong, in the queue's own words. `code` is stable: clients match on it, never on the text."""
+
+from typing import ClassVar
+
+from app.queue.lifecycle import State
+
+
+class QueueError(Exception):
+    """A request that the queue refuses; its text is a sentence for the person who reads the answer."""
+
+    code: ClassVar[str]
+
+
+class JobNotFoundError(QueueError):
+    """There is no such job: never enqueued, deleted, or past its retention."""
+
+    code = "not_found"
+
+    def __init__(self) -> None:
+        super().__init__("There is no such job. It may have been deleted, or its retention has ended.")
+
+
+class LeaseLostError(QueueError):
+    """The lease named is not the one that the job has now. Nothing was changed."""
+
+    code = "lease_lost"
+
+    def __init__(self, state: State) -> None:
+        super().__init__(
+            f"This lease does not stand any more; the job is {state}. Drop the work: nothing was changed."
+        )
+        self.state = state
+
+
+class WrongStateError(QueueError):
+    """The job's state does not allow what was asked."""
+
+    code = "wrong_state"
+
+    def __init__(self, state: State, verb: str) -> None:
+        super().__init__(f"A job that is {state} can not be {verb}.")
+        self.state = state
+
+
+class InvalidRequestError(QueueError):
+    """A field's value is not acceptable."""
+
+    code = "invalid"
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(f"{field}: {message}")
+        self.field = field
+        self.message = message
+
+
+class UnavailableError(QueueError):
+    """The service can not answer now; the same request may succeed after `retry_after_seconds`."""
+
+    code = "unavailable"
+
+    def __init__(self, message: str, retry_after_seconds: int = 1) -> None:
+        super().__init__(message)
+        self.retry_after_seconds = retry_after_seconds

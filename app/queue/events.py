@@ -1,0 +1,112 @@
+"""What happened, told once to whoever observes: metrics, logs, tests.
+
+An event is published after its COMMIT and never carries a payload, a result or an error text.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+from uuid import UUID
+
+from app.queue.lifecycle import State
+from app.queue.model import Outcome
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobEvent:
+    """Something happened to one job."""
+
+    job_id: UUID
+    queue: str
+    type: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobEnqueued(JobEvent):
+    """A producer stored a job."""
+
+    state: State
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobLeased(JobEvent):
+    """A worker took a job that had waited, ready, for `waited_seconds`."""
+
+    worker: str | None
+    attempt: int
+    waited_seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobCompleted(JobEvent):
+    """A worker acked a job after `ran_seconds`."""
+
+    worker: str | None
+    attempt: int
+    ran_seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttemptEnded(JobEvent):
+    """An attempt ended otherwise than by an ack; `state` is what became of the job."""
+
+    worker: str | None
+    attempt: int
+    outcome: Outcome
+    state: State
+    ran_seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CancelRequested(JobEvent):
+    """Someone asked for the end of an active job; its worker learns of it at its next heartbeat."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobCancelled(JobEvent):
+    """A waiting or delayed job was cancelled."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobRetried(JobEvent):
+    """An operator gave a dead job a fresh retry budget."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobDeleted(JobEvent):
+    """Someone deleted a terminal job."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobsPromoted:
+    """Delayed jobs of one queue and type became ready."""
+
+    queue: str
+    type: str
+    count: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MaintenanceRan:
+    """One maintenance task ran: how many rows it changed, and how long it took."""
+
+    task: str
+    changed: int
+    took_seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MaintenanceFailed:
+    """One maintenance task failed; it is tried again at the next round."""
+
+    task: str
+    error: str
+
+
+QueueEvent = JobEvent | JobsPromoted | MaintenanceRan | MaintenanceFailed
+
+
+class Observer(Protocol):
+    """Someone who is told what happened. `on` must be quick and must not raise."""
+
+    def on(self, event: "QueueEvent") -> None:
+        """Take note of `event`."""

@@ -1,0 +1,280 @@
+"""What the queue talks about: frozen values, durations in seconds, instants as aware UTC datetimes.
+
+`payload`, `result`, `metadata` and errors are JSON text as bytes: the queue stores and hands them on, it never
+looks into them.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from enum import StrEnum
+from types import MappingProxyType
+from uuid import UUID
+
+from app.queue.lifecycle import State
+
+PRIORITY_MIN = 0
+PRIORITY_MAX = 10
+PRIORITIES: Mapping[str, int] = MappingProxyType({"fast": 10, "normal": 5, "bulk": 1})
+
+
+class BackoffStrategy(StrEnum):
+    """How the delay grows from one retry to the next."""
+
+    EXPONENTIAL = "exponential"
+    LINEAR = "linear"
+    FIXED = "fixed"
+
+
+class Jitter(StrEnum):
+    """How much of a delay d is left to chance: none, the upper half, all of it."""
+
+    NONE = "none"
+    EQUAL = "equal"
+    FULL = "full"
+
+
+@dataclass(frozen=True, slots=True)
+class Backoff:
+    """How long a failed job waits before its next attempt."""
+
+    strategy: BackoffStrategy = BackoffStrategy.EXPONENTIAL
+    initial_seconds: float = 1.0
+    factor: float = 2.0
+    max_seconds: float = 3600.0
+    jitter: Jitter = Jitter.EQUAL
+
+
+@dataclass(frozen=True, slots=True)
+class BackoffRequest:
+    """The part of a backoff that a producer named; the rest comes from the defaults."""
+
+    strategy: BackoffStrategy | None = None
+    initial_seconds: float | None = None
+    factor: float | None = None
+    max_seconds: float | None = None
+    jitter: Jitter | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class JobDefaults:
+    """What a job gets where its producer named nothing."""
+
+    lease_seconds: float = 30.0
+    max_retries: int = 3
+    backoff: Backoff = field(default_factory=Backoff)
+    timeout_seconds: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class JobRequest:
+    """A job as its producer asks for it; None where nothing was named."""
+
+    queue: str
+    type: str = "default"
+    payload: bytes = b"null"
+    priority: int = PRIORITIES["normal"]
+    run_at: datetime | None = None
+    delay_seconds: float | None = None
+    lease_seconds: float | None = None
+    timeout_seconds: float | None = None
+    max_retries: int | None = None
+    backoff: BackoffRequest = BackoffRequest()
+    tags: tuple[str, ...] = ()
+    metadata: bytes = b"{}"
+    traceparent: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class NewJob:
+    """A job with every field resolved, ready to be stored. At most one of run_at and delay_seconds is set."""
+
+    id: UUID
+    queue: str
+    type: str
+    payload: bytes
+    priority: int
+    run_at: datetime | None
+    delay_seconds: float | None
+    lease_seconds: float
+    timeout_seconds: float | None
+    max_retries: int
+    backoff: Backoff
+    tags: tuple[str, ...]
+    metadata: bytes
+    traceparent: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """A job as it stands."""
+
+    id: UUID
+    queue: str
+    type: str
+    state: State
+    payload: bytes
+    priority: int
+    attempt: int
+    budget_start: int
+    """The attempt at which the present retry budget began: 0, or the attempt at the last manual retry."""
+    max_retries: int
+    backoff: Backoff
+    lease_seconds: float
+    timeout_seconds: float | None
+    tags: tuple[str, ...]
+    metadata: bytes
+    traceparent: str | None
+    created_at: datetime
+    run_at: datetime
+    started_at: datetime | None = None
+    finished_at: datetime | None = None
+    worker: str | None = None
+    cancel_requested: bool = False
+    reason: str | None = None
+    last_error: bytes | None = None
+    result: bytes | None = None
+
+    @property
+    def retry_count(self) -> int:
+        """How many retries of the present budget have begun."""
+        return max(self.attempt - self.budget_start - 1, 0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LeasedJob:
+    """A job in a worker's hands: what a lease reply carries."""
+
+    id: UUID
+    queue: str
+    type: str
+    payload: bytes
+    attempt: int
+    max_retries: int
+    priority: int
+    lease_id: UUID
+    leased_at: datetime
+    lease_expires_at: datetime
+    ready_at: datetime
+    """When it became ready: the start of its wait."""
+    created_at: datetime
+    run_at: datetime
+    tags: tuple[str, ...]
+    metadata: bytes
+    traceparent: str | None
+    last_error: bytes | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lease:
+    """A lease as the deciding rules see it, together with its job's retry policy."""
+
+    job_id: UUID
+    lease_id: UUID
+    queue: str
+    type: str
+    worker: str | None
+    attempt: int
+    leased_at: datetime
+    expires_at: datetime
+    deadline_at: datetime | None
+    """Where timeout_seconds ends the attempt, whatever heartbeats say."""
+    cancel_requested: bool
+    max_retries: int
+    budget_start: int
+    backoff: Backoff
+
+
+@dataclass(frozen=True, slots=True)
+class WorkError:
+    """What a worker says went wrong."""
+
+    message: str
+    type: str | None = None
+    stack: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A failed attempt: its error, and what the worker asks for."""
+
+    error: WorkError
+    retry: bool = True
+    retry_in_seconds: float | None = None
+
+
+class Outcome(StrEnum):
+    """How an attempt ended."""
+
+    ACKED = "acked"
+    FAILED = "failed"
+    RELEASED = "released"
+    LEASE_EXPIRED = "lease_expired"
+    TIMED_OUT = "timed_out"
+    CANCELLED = "cancelled"
+
+
+class Verb(StrEnum):
+    """Which request ended an attempt; no verb where the maintenance ended it."""
+
+    ACK = "ack"
+    FAIL = "fail"
+    RELEASE = "release"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """What becomes of a job whose attempt ended otherwise than by an ack."""
+
+    lease: Lease
+    state: State
+    """READY, SCHEDULED, RETRY, FAILED or CANCELLED."""
+    outcome: Outcome
+    attempt: int
+    """The attempts that count from now on: a released one does not."""
+    decided_at: datetime
+    run_at: datetime | None = None
+    reason: str | None = None
+    error: WorkError | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settled:
+    """The recorded answer to a verb that ended an attempt."""
+
+    state: State
+    run_at: datetime | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Beat:
+    """The answer to a heartbeat."""
+
+    lease_expires_at: datetime
+    cancel_requested: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attempt:
+    """One attempt of a job, running or ended."""
+
+    attempt: int
+    worker: str | None
+    started_at: datetime
+    ended_at: datetime | None
+    outcome: Outcome | None
+    error: bytes | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobFilter:
+    """Which jobs a listing wants; an empty tuple or None asks for all."""
+
+    states: tuple[State, ...] = ()
+    queues: tuple[str, ...] = ()
+    types: tuple[str, ...] = ()
+    tag: str | None = None
+    worker: str | None = None
+    error_type: str | None = None
+    created_after: datetime | None = None
+    created_before: datetime | None = None

@@ -1,0 +1,167 @@
+"""The decisions: pure functions of what is known, the present instant and a random number.
+
+The store locks the rows, asks here, and writes the answer; no statement decides by itself what becomes of a job.
+"""
+
+from dataclasses import replace
+from datetime import datetime, timedelta
+from uuid import UUID
+
+from app.queue.lifecycle import Event, State, next_state
+from app.queue.model import (
+    Backoff,
+    BackoffRequest,
+    BackoffStrategy,
+    Failure,
+    Jitter,
+    JobDefaults,
+    JobRequest,
+    Lease,
+    NewJob,
+    Outcome,
+    Verdict,
+    WorkError,
+)
+
+RETRIES_EXHAUSTED = "retries_exhausted"
+NOT_RETRYABLE = "not_retryable"
+CANCELLED = "cancelled"
+
+
+def resolve(request: JobRequest, defaults: JobDefaults, job_id: UUID) -> NewJob:
+    """Return the job with every default filled in: fixed at enqueue, later changes of a default touch it not."""
+    return NewJob(
+        id=job_id,
+        queue=request.queue,
+        type=request.type,
+        payload=request.payload,
+        priority=request.priority,
+        run_at=request.run_at,
+        delay_seconds=request.delay_seconds,
+        lease_seconds=defaults.lease_seconds if request.lease_seconds is None else request.lease_seconds,
+        timeout_seconds=defaults.timeout_seconds
+        if request.timeout_seconds is None
+        else request.timeout_seconds,
+        max_retries=defaults.max_retries if request.max_retries is None else request.max_retries,
+        backoff=merge_backoff(request.backoff, defaults.backoff),
+        tags=request.tags,
+        metadata=request.metadata,
+        traceparent=request.traceparent,
+    )
+
+
+def merge_backoff(request: BackoffRequest, default: Backoff) -> Backoff:
+    """Return `default` with the fields that the request names."""
+    return Backoff(
+        strategy=default.strategy if request.strategy is None else request.strategy,
+        initial_seconds=default.initial_seconds
+        if request.initial_seconds is None
+        else request.initial_seconds,
+        factor=default.factor if request.factor is None else request.factor,
+        max_seconds=default.max_seconds if request.max_seconds is None else request.max_seconds,
+        jitter=default.jitter if request.jitter is None else request.jitter,
+    )
+
+
+def backoff_seconds(backoff: Backoff, failures: int, chance: float) -> float:
+    """Return the delay after the given number of failures (1 for the first).
+
+    `chance` is a number in [0, 1); jitter spreads what max_seconds has capped, so it never exceeds the cap.
+    """
+    match backoff.strategy:
+        case BackoffStrategy.EXPONENTIAL:
+            try:
+                delay = backoff.initial_seconds * backoff.factor ** (failures - 1)
+            except OverflowError:
+                delay = backoff.max_seconds
+        case BackoffStrategy.LINEAR:
+            delay = backoff.initial_seconds * failures
+        case BackoffStrategy.FIXED:
+            delay = backoff.initial_seconds
+    delay = min(delay, backoff.max_seconds)
+    match backoff.jitter:
+        case Jitter.NONE:
+            return delay
+        case Jitter.EQUAL:
+            return delay / 2 + chance * delay / 2
+        case Jitter.FULL:
+            return chance * delay
+
+
+def decide_failure(lease: Lease, failure: Failure, now: datetime, chance: float) -> Verdict:
+    """Decide what becomes of a job whose worker reports a failure."""
+    return _after_failed_attempt(lease, failure, Outcome.FAILED, now, chance)
+
+
+def decide_expiry(lease: Lease, now: datetime, chance: float) -> Verdict:
+    """Decide what becomes of a job whose lease ran out: a failed attempt, by silence or by its time limit."""
+    if lease.deadline_at is not None and lease.expires_at >= lease.deadline_at:
+        seconds = (lease.deadline_at - lease.leased_at).total_seconds()
+        outcome = Outcome.TIMED_OUT
+        message = f"the attempt reached its time limit of {seconds:g} seconds"
+    else:
+        outcome = Outcome.LEASE_EXPIRED
+        message = f"the lease expired at {lease.expires_at:%Y-%m-%dT%H:%M:%S.%fZ} without a heartbeat"
+    failure = Failure(WorkError(message=message, type=outcome.value))
+    return _after_failed_attempt(lease, failure, outcome, now, chance)
+
+
+def decide_release(lease: Lease, delay_seconds: float, now: datetime) -> Verdict:
+    """Decide where a job goes that its worker gives back: the attempt is not counted."""
+    if lease.cancel_requested:
+        return _cancelled(lease, now)
+    given_back = Verdict(
+        lease=lease,
+        state=next_state(State.ACTIVE, Event.RELEASE),
+        outcome=Outcome.RELEASED,
+        attempt=lease.attempt - 1,
+        decided_at=now,
+    )
+    if delay_seconds <= 0:
+        return given_back
+    return replace(
+        given_back,
+        state=next_state(State.ACTIVE, Event.RELEASE_LATER),
+        run_at=now + timedelta(seconds=delay_seconds),
+    )
+
+
+def _after_failed_attempt(
+    lease: Lease, failure: Failure, outcome: Outcome, now: datetime, chance: float
+) -> Verdict:
+    if lease.cancel_requested:
+        return replace(_cancelled(lease, now), error=failure.error)
+    failures = lease.attempt - lease.budget_start
+    if failure.retry and failures <= lease.max_retries:
+        delay = failure.retry_in_seconds
+        if delay is None:
+            delay = backoff_seconds(lease.backoff, failures, chance)
+        return Verdict(
+            lease=lease,
+            state=next_state(State.ACTIVE, Event.RETRY_LATER),
+            outcome=outcome,
+            attempt=lease.attempt,
+            decided_at=now,
+            run_at=now + timedelta(seconds=delay),
+            error=failure.error,
+        )
+    return Verdict(
+        lease=lease,
+        state=next_state(State.ACTIVE, Event.GIVE_UP),
+        outcome=outcome,
+        attempt=lease.attempt,
+        decided_at=now,
+        reason=RETRIES_EXHAUSTED if failure.retry else NOT_RETRYABLE,
+        error=failure.error,
+    )
+
+
+def _cancelled(lease: Lease, now: datetime) -> Verdict:
+    return Verdict(
+        lease=lease,
+        state=next_state(State.ACTIVE, Event.CANCEL),
+        outcome=Outcome.CANCELLED,
+        attempt=lease.attempt,
+        decided_at=now,
+        reason=CANCELLED,
+    )

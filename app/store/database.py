@@ -1,0 +1,257 @@
+"""How the service talks to PostgreSQL: two pools, the statements, and what a fault becomes.
+
+- `hot`: asyncpg, for the verbs. Its session settings allow the planner one plan a statement: with stale statistics
+  PostgreSQL would otherwise swap an index look-up for a scan of everything.
+- `reading`: SQLAlchemy, for lists, counts and migrations, so that a slow page never takes a connection from a verb.
+- `connect`: a connection of its own, for LISTEN and NOTIFY.
+"""
+
+import asyncio
+import shlex
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+import asyncpg
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+
+from app.queue.errors import UnavailableError
+from app.store.schema import BODY_COLUMNS
+
+STATEMENT_TIMEOUT_SECONDS = 10
+READ_TIMEOUT_SECONDS = 5
+LOCK_TIMEOUT_SECONDS = 5
+ACQUIRE_TIMEOUT_SECONDS = 5
+CONNECT_TIMEOUT_SECONDS = 10
+# Above the server's own limits: it only ends calls whose server has silently gone.
+COMMAND_TIMEOUT_SECONDS = 15
+DEADLOCK_TRIES = 3
+READING_CONNECTIONS = 4
+
+HOT_SETTINGS = {
+    "plan_cache_mode": "force_generic_plan",
+    "enable_seqscan": "off",
+    "enable_bitmapscan": "off",
+    "enable_mergejoin": "off",
+    "jit": "off",
+    "synchronous_commit": "on",
+    "statement_timeout": f"{STATEMENT_TIMEOUT_SECONDS}s",
+    "lock_timeout": f"{LOCK_TIMEOUT_SECONDS}s",
+    "idle_in_transaction_session_timeout": f"{COMMAND_TIMEOUT_SECONDS}s",
+}
+
+SQL_DIRECTORY = Path(__file__).with_name("sql")
+
+# SQLSTATE classes and codes that say «not now», not «not so»: connection, resources, operator intervention,
+# lock_not_available, deadlock, serialization failure, read-only after a failover.
+_AWAY = ("08", "53", "57", "55P03", "40P01", "40001", "25006")
+
+
+T = TypeVar("T")
+
+
+class DatabaseUrlError(ValueError):
+    """DATABASE_URL can not be understood; the text says why, without the URL's password."""
+
+
+def connect_arguments(url: str) -> dict[str, Any]:
+    """Translate libpq's two forms, a URI or `key=value` words, into arguments for asyncpg.connect.
+
+    Raises DatabaseUrlError.
+    """
+    if "://" in url:
+        scheme, rest = url.split("://", 1)
+        if scheme.partition("+")[0] not in {"postgres", "postgresql"}:
+            message = f"DATABASE_URL must begin with postgresql://, not with {scheme}://"
+            raise DatabaseUrlError(message)
+        try:
+            urlsplit(f"postgresql://{rest}")
+        except ValueError as error:
+            message = f"DATABASE_URL is not a URL: {error}"
+            raise DatabaseUrlError(message) from None
+        return {"dsn": f"postgresql://{rest}"}
+    try:
+        words = dict(word.split("=", 1) for word in shlex.split(url))
+    except ValueError:
+        message = "DATABASE_URL is neither a postgresql:// URL nor words of the form key=value"
+        raise DatabaseUrlError(message) from None
+    names = {
+        "dbname": "database",
+        "sslmode": "ssl",
+        "user": "user",
+        "password": "password",
+        "host": "host",
+        "port": "port",
+    }
+    unknown = sorted(set(words) - set(names))
+    if unknown:
+        message = f"DATABASE_URL has the unknown word {unknown[0]!r}; known are {', '.join(sorted(names))}"
+        raise DatabaseUrlError(message)
+    arguments: dict[str, Any] = {names[key]: value for key, value in words.items()}
+    if "port" in arguments:
+        arguments["port"] = int(arguments["port"])
+    return arguments
+
+
+@cache
+def statement(name: str, schema: str, **parts: str) -> str:
+    """Return the text of `sql/<name>.sql` with the schema, the body's columns and the given parts filled in."""
+    text = (SQL_DIRECTORY / f"{name}.sql").read_text()
+    quoted = '"' + schema.replace('"', '""') + '"'
+    filled = {
+        "schema": quoted,
+        "body": ", ".join(BODY_COLUMNS),
+        "body.": ", ".join(f"body.{column}" for column in BODY_COLUMNS),
+        **parts,
+    }
+    for placeholder, value in filled.items():
+        text = text.replace("{" + placeholder + "}", value)
+    return text
+
+
+def is_away(error: BaseException) -> bool:
+    """Whether a database error is a matter of time: the same request may succeed later."""
+    if isinstance(error, PoolTimeoutError):
+        return True
+    if isinstance(error, DBAPIError):
+        return error.connection_invalidated or (error.orig is not None and is_away(error.orig))
+    if isinstance(error, SQLAlchemyError):
+        return False
+    state = getattr(error, "sqlstate", None)
+    if isinstance(state, str):
+        return state.startswith(_AWAY)
+    # asyncpg says InterfaceError of a closed connection, and of a wrong argument (then a ValueError too).
+    return isinstance(
+        error, asyncpg.InterfaceError | asyncpg.InternalClientError | OSError | TimeoutError
+    ) and not (isinstance(error, ValueError))
+
+
+@contextmanager
+def unavailable_when_away() -> Iterator[None]:
+    """Turn an error that only time can mend into UnavailableError; others pass."""
+    try:
+        yield
+    except Exception as error:
+        if is_away(error) or (error.__cause__ is not None and is_away(error.__cause__)):
+            message = "The database is away or overloaded; nothing is known to have changed. Try again."
+            raise UnavailableError(message) from error
+        raise
+
+
+class Database:
+    """The connections of one process to one database and schema."""
+
+    def __init__(self, url: str, *, schema: str, pool_size: int = 8) -> None:
+        self.schema = schema
+        self._arguments = connect_arguments(url)
+        self._pool_size = pool_size
+        self._hot: asyncpg.Pool[asyncpg.Record] | None = None
+        self.reading: AsyncEngine = create_async_engine(
+            "postgresql+asyncpg://",
+            async_creator=self._connect_for_reading,
+            pool_size=READING_CONNECTIONS,
+            max_overflow=0,
+            pool_timeout=ACQUIRE_TIMEOUT_SECONDS,
+            pool_pre_ping=True,
+            execution_options={"schema_translate_map": {None: schema}},
+        )
+
+    @property
+    def hot(self) -> "asyncpg.Pool[asyncpg.Record]":
+        """The pool of the verbs; there is one between `start` and `close`."""
+        if self._hot is None:
+            message = "the database has not been started"
+            raise RuntimeError(message)
+        return self._hot
+
+    async def start(self) -> None:
+        """Open the hot pool. Raises UnavailableError when the database can not be reached."""
+        with unavailable_when_away():
+            self._hot = await asyncpg.create_pool(
+                **self._arguments,
+                min_size=1,
+                max_size=self._pool_size,
+                timeout=CONNECT_TIMEOUT_SECONDS,
+                command_timeout=COMMAND_TIMEOUT_SECONDS,
+                server_settings=HOT_SETTINGS | {"application_name": "leaseq"},
+            )
+
+    async def close(self) -> None:
+        """Close both pools; what still runs gets a moment to end."""
+        if self._hot is not None:
+            try:
+                await asyncio.wait_for(self._hot.close(), ACQUIRE_TIMEOUT_SECONDS)
+            except TimeoutError:
+                self._hot.terminate()
+            self._hot = None
+        await self.reading.dispose()
+
+    async def connect(self, **settings: str) -> "asyncpg.Connection[asyncpg.Record]":
+        """Open a connection outside the pools; the caller closes it. Raises what asyncpg.connect raises."""
+        return await asyncpg.connect(
+            **self._arguments,
+            timeout=CONNECT_TIMEOUT_SECONDS,
+            command_timeout=COMMAND_TIMEOUT_SECONDS,
+            server_settings={"application_name": "leaseq", **settings},
+        )
+
+    async def _connect_for_reading(self) -> "asyncpg.Connection[asyncpg.Record]":
+        return await self.connect(statement_timeout=f"{READ_TIMEOUT_SECONDS}s", jit="off")
+
+    async def fetch(self, name: str, *values: object, **parts: str) -> Sequence[asyncpg.Record]:
+        """Run the statement `sql/<name>.sql` by itself: it is committed when this returns.
+
+        Raises UnavailableError.
+        """
+        text = statement(name, self.schema, **parts)
+
+        async def run(connection: Any) -> Sequence[asyncpg.Record]:
+            rows: Sequence[asyncpg.Record] = await connection.fetch(text, *values)
+            return rows
+
+        return await self._with_connection(run)
+
+    async def transact(self, work: "Callable[[Transaction], Awaitable[T]]") -> T:
+        """Run `work` in one transaction, committed when this returns. `work` may be run again: no effects of its own.
+
+        Raises UnavailableError, and what `work` raises.
+        """
+
+        async def run(connection: Any) -> T:
+            async with connection.transaction():
+                return await work(Transaction(connection, self.schema))
+
+        return await self._with_connection(run)
+
+    async def _with_connection(self, run: "Callable[[Any], Awaitable[T]]") -> T:
+        # A deadlock or a serialization failure has rolled everything back: the same work may begin again.
+        with unavailable_when_away():
+            for _ in range(DEADLOCK_TRIES - 1):
+                with suppress(asyncpg.DeadlockDetectedError, asyncpg.SerializationError):
+                    async with self.hot.acquire(timeout=ACQUIRE_TIMEOUT_SECONDS) as connection:
+                        return await run(connection)
+            async with self.hot.acquire(timeout=ACQUIRE_TIMEOUT_SECONDS) as connection:
+                return await run(connection)
+
+
+class Transaction:
+    """Statements within one transaction."""
+
+    def __init__(self, connection: Any, schema: str) -> None:
+        self._connection = connection
+        self._schema = schema
+
+    async def fetch(self, name: str, *values: object) -> Sequence[asyncpg.Record]:
+        """Run the statement `sql/<name>.sql`."""
+        rows: Sequence[asyncpg.Record] = await self._connection.fetch(statement(name, self._schema), *values)
+        return rows
+
+    async def query(self, text: str, *values: object) -> Sequence[asyncpg.Record]:
+        """Run a statement that no file can hold, because it names a day."""
+        rows: Sequence[asyncpg.Record] = await self._connection.fetch(text, *values)
+        return rows

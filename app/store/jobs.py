@@ -1,0 +1,444 @@
+"""A method a verb, each the statement of the same name in `sql/`.
+
+Every method answers after COMMIT. Decisions are the caller's: `fail`, `release` and `reap` lock the leases, ask the
+given rule what becomes of each job, and write its verdicts in the same transaction.
+
+All methods raise UnavailableError when the database is away; what they had begun is rolled back, or, where the
+connection died at the COMMIT itself, of unknown outcome.
+"""
+
+import json
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime, timedelta
+from functools import lru_cache
+from typing import Any, TypeVar
+from uuid import UUID
+
+import asyncpg
+
+from app.queue.lifecycle import State
+from app.queue.model import (
+    Backoff,
+    BackoffStrategy,
+    Beat,
+    Jitter,
+    Job,
+    Lease,
+    LeasedJob,
+    NewJob,
+    Settled,
+    Verb,
+    Verdict,
+    WorkError,
+)
+from app.store.database import Database, Transaction
+from app.store.partitions import Partitions
+
+REPLY_BYTES_MAX = 8 * 1024 * 1024
+"""A lease reply stops at this much payload, so that its reader and ours need not hold more at once."""
+
+CLAIM_SLACK = 32
+"""How many jobs a claim looks at beyond those it takes: more than claims usually run at once."""
+
+# A day of difference between the clock that made an id and the database's is allowed for.
+_CLOCKS_APART = timedelta(days=1)
+_LONG_AGO = datetime(2000, 1, 1, tzinfo=UTC)
+
+T = TypeVar("T")
+
+Decide = Callable[[Lease, datetime], Verdict]
+"""A rule: what becomes of this lease's job, at this instant of the database's clock."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ack:
+    """A worker's word that a job is done."""
+
+    job_id: UUID
+    lease_id: UUID
+    result: bytes | None
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """What a lease statement took."""
+
+    jobs: list[LeasedJob]
+    contended: bool
+    """Jobs are ready, but others held every one of them at that moment: look again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """A queue, or one type of it, that ready jobs stand in and leases wait at."""
+
+    queue: str
+    type: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Moved:
+    """The job that an operator's verb moved, and the state that it left."""
+
+    queue: str
+    type: str
+    state: State
+
+
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """The verb that ended an attempt, and the answer that it got."""
+
+    verb: Verb | None
+    settled: Settled
+
+
+class Jobs:
+    """The verbs. `clock` moves the database's clock in tests: an instant instead of now, or None."""
+
+    def __init__(self, database: Database, clock: Callable[[], datetime | None] = lambda: None) -> None:
+        self._database = database
+        self._partitions = Partitions(database)
+        self._clock = clock
+
+    async def prepare(self) -> None:
+        """Make the days that jobs are about to be written to."""
+        await self._partitions.ensure(await self.now())
+
+    async def enqueue(self, new: Sequence[NewJob]) -> list[Job]:
+        """Store jobs, in order."""
+        rows = await self._database.fetch(
+            "enqueue",
+            self._clock(),
+            [job.id for job in new],
+            [job.queue for job in new],
+            [job.type for job in new],
+            [job.priority for job in new],
+            [job.run_at for job in new],
+            [job.delay_seconds for job in new],
+            [job.lease_seconds for job in new],
+            [job.timeout_seconds for job in new],
+            [job.max_retries for job in new],
+            [_backoff_text(job.backoff) for job in new],
+            [job.traceparent for job in new],
+            [json.dumps(job.tags) for job in new],
+            [job.metadata for job in new],
+            [job.payload for job in new],
+        )
+        return [
+            Job(
+                id=job.id,
+                queue=job.queue,
+                type=job.type,
+                state=State.READY if row["is_ready"] else State.SCHEDULED,
+                payload=job.payload,
+                priority=job.priority,
+                attempt=0,
+                budget_start=0,
+                max_retries=job.max_retries,
+                backoff=job.backoff,
+                lease_seconds=job.lease_seconds,
+                timeout_seconds=job.timeout_seconds,
+                tags=job.tags,
+                metadata=job.metadata,
+                traceparent=job.traceparent,
+                created_at=row["created_at"],
+                run_at=row["run_at"],
+            )
+            for job, row in zip(new, rows, strict=True)
+        ]
+
+    async def lease(
+        self,
+        queues: Sequence[str],
+        types: Sequence[str] | None,
+        max_jobs: int,
+        lease_seconds: float | None,
+        worker: str | None,
+    ) -> Claim:
+        """Take up to `max_jobs` ready jobs for `lease_seconds` each, or for as long as each job says."""
+        values: list[object] = [
+            self._clock(),
+            sorted(set(queues)),
+            max_jobs,
+            CLAIM_SLACK,
+            lease_seconds,
+            worker,
+            REPLY_BYTES_MAX,
+        ]
+        if types is None:
+            rows = await self._database.fetch(
+                "lease", *values, lines="unnest($2::text[]) AS line(queue)", same_type=""
+            )
+        else:
+            rows = await self._database.fetch(
+                "lease",
+                *values,
+                sorted(set(types)),
+                lines="(SELECT * FROM unnest($2::text[]) AS q(queue), unnest($8::text[]) AS t(type)) AS line",
+                same_type="AND r.type = line.type",
+            )
+        leased = [_leased(row) for row in rows if row["id"] is not None]
+        return Claim(jobs=leased, contended=not leased and rows[0]["seen"] > 0)
+
+    async def ack(self, acks: Sequence[Ack]) -> dict[UUID, Job]:
+        """Finish jobs; return those whose lease still stood, by id."""
+        ordered = sorted(acks, key=lambda ack: ack.job_id)
+
+        async def write() -> Sequence[asyncpg.Record]:
+            return await self._database.fetch(
+                "ack",
+                self._clock(),
+                [ack.job_id for ack in ordered],
+                [ack.lease_id for ack in ordered],
+                [ack.result for ack in ordered],
+            )
+
+        return {row["id"]: job_of(row) for row in await self._keeping(write)}
+
+    async def heartbeat(self, job_id: UUID, lease_id: UUID, extend_seconds: float | None) -> Beat | None:
+        """Extend a lease by `extend_seconds`, or by its own length; None when it does not stand any more."""
+        rows = await self._database.fetch("heartbeat", self._clock(), [job_id], [lease_id], [extend_seconds])
+        return next(
+            (
+                Beat(lease_expires_at=row["expires_at"], cancel_requested=row["cancel_requested"])
+                for row in rows
+            ),
+            None,
+        )
+
+    async def conclude(self, leases: Mapping[UUID, UUID], verb: Verb, decide: Decide) -> dict[UUID, Verdict]:
+        """End the leases (lease id by job id) as `decide` says; return the verdicts on those that still stood."""
+        ids = sorted(leases)
+
+        async def work(transaction: Transaction) -> list[Verdict]:
+            rows = await transaction.fetch(
+                "lock_leases", self._clock(), ids, [leases[job_id] for job_id in ids]
+            )
+            return await self._write(transaction, rows, decide, verb)
+
+        verdicts = await self._keeping(lambda: self._database.transact(work))
+        return {verdict.lease.job_id: verdict for verdict in verdicts}
+
+    async def reap(self, limit: int, decide: Decide) -> list[Verdict]:
+        """End up to `limit` leases that have run out, as `decide` says."""
+
+        async def work(transaction: Transaction) -> list[Verdict]:
+            rows = await transaction.fetch("lock_expired", self._clock(), limit)
+            return await self._write(transaction, rows, decide, None)
+
+        return await self._keeping(lambda: self._database.transact(work))
+
+    async def recorded(self, job_id: UUID, lease_id: UUID) -> Recorded | None:
+        """Return how the attempt under this lease ended; None when it has not, or never was."""
+        for row in await self._database.fetch("recorded", job_id, lease_id, earliest(job_id)):
+            return Recorded(
+                verb=None if row["verb"] is None else Verb(row["verb"]),
+                settled=Settled(state=State(row["state"]), run_at=row["run_at"]),
+            )
+        return None
+
+    async def promote(self, limit: int) -> dict[Line, int]:
+        """Make up to `limit` delayed jobs ready whose time has come; return how many by line."""
+        rows = await self._database.fetch("promote", self._clock(), limit)
+        return {Line(row["queue"], row["type"]): row["count"] for row in rows}
+
+    async def cancel(self, job_id: UUID) -> Moved | None:
+        """Cancel a waiting job, or ask for the end of an active one (then the state left is ACTIVE)."""
+        return _moved(await self._database.fetch("cancel", self._clock(), job_id))
+
+    async def retry(self, job_id: UUID) -> Moved | None:
+        """Make a dead job ready again, with a fresh retry budget."""
+        return _moved(await self._database.fetch("retry", self._clock(), job_id))
+
+    async def delete(self, job_id: UUID) -> Moved | None:
+        """Remove a terminal job and its attempts."""
+        return _moved(await self._database.fetch("delete", job_id, earliest(job_id)))
+
+    async def survive_outage(self, longer_than_seconds: float, at_most_seconds: float) -> int:
+        """Note that the reaper is at work, and first give leases back what an outage took; return how many."""
+        rows = await self._database.fetch("survive_outage", longer_than_seconds, at_most_seconds)
+        given: int = rows[0]["count"]
+        return given
+
+    async def fold(self, limit: int) -> int:
+        """Add up to `limit` deltas to the counts; return how many."""
+        folded: int = (await self._database.fetch("fold", limit))[0]["count"]
+        return folded
+
+    async def retain_dead(self, retention_seconds: float, limit: int) -> int:
+        """Remove up to `limit` dead jobs whose retention has ended; return how many."""
+        before = await self.now() - timedelta(seconds=retention_seconds)
+        removed: int = (await self._database.fetch("retain_dead", before, limit))[0]["count"]
+        return removed
+
+    async def retain_days(self, history_seconds: float, attempts_seconds: float) -> int:
+        """Make the days ahead and drop those whose retention has ended; return how many days were touched."""
+        now = await self.now()
+        made = await self._partitions.ensure(now)
+        return (
+            made
+            + await self._partitions.drop_before(now, history_seconds, "history")
+            + await self._partitions.drop_before(now, attempts_seconds, "attempts")
+        )
+
+    async def ready_at(self, waiters: Mapping[Line, int]) -> dict[Line, int]:
+        """Count the ready jobs of each line, up to the number who wait there; lines without any are left out."""
+        found: dict[Line, int] = {}
+        whole = {line: count for line, count in waiters.items() if line.type is None}
+        typed = {line: count for line, count in waiters.items() if line.type is not None}
+        if whole:
+            rows = await self._database.fetch(
+                "ready_for_any", [line.queue for line in whole], list(whole.values())
+            )
+            found |= {Line(row["queue"]): row["count"] for row in rows}
+        if typed:
+            rows = await self._database.fetch(
+                "ready_for_types",
+                [line.queue for line in typed],
+                [line.type for line in typed],
+                list(typed.values()),
+            )
+            found |= {Line(row["queue"], row["type"]): row["count"] for row in rows}
+        return found
+
+    async def now(self) -> datetime:
+        """Return the database's clock."""
+        moved = self._clock()
+        if moved is not None:
+            return moved
+        now: datetime = (await self._database.fetch("now"))[0]["now"]
+        return now
+
+    async def _write(
+        self, transaction: Transaction, rows: Sequence[asyncpg.Record], decide: Decide, verb: Verb | None
+    ) -> list[Verdict]:
+        verdicts = [decide(_lease(row), row["now"]) for row in rows]
+        if verdicts:
+            await transaction.fetch(
+                "conclude",
+                self._clock(),
+                [verdict.lease.job_id for verdict in verdicts],
+                [verdict.state for verdict in verdicts],
+                [verdict.attempt for verdict in verdicts],
+                [verdict.run_at for verdict in verdicts],
+                [verdict.reason for verdict in verdicts],
+                [None if verdict.error is None else _error_text(verdict.error) for verdict in verdicts],
+                [None if verdict.error is None else verdict.error.type for verdict in verdicts],
+                [verdict.outcome for verdict in verdicts],
+                [verb] * len(verdicts),
+            )
+        return verdicts
+
+    async def _keeping(self, write: Callable[[], Awaitable[T]]) -> T:
+        """Run a write that adds to a table kept by day, and make the day when it is missing."""
+        try:
+            return await write()
+        except asyncpg.CheckViolationError:
+            await self._partitions.ensure(await self.now())
+            return await write()
+
+
+def earliest(job_id: UUID) -> datetime:
+    """Return an instant before which the job of this UUIDv7 can not have ended: it spares looking at older days."""
+    milliseconds = job_id.int >> 80
+    try:
+        return datetime.fromtimestamp(milliseconds / 1000, UTC) - _CLOCKS_APART
+    except (ValueError, OverflowError, OSError):
+        return _LONG_AGO
+
+
+def job_of(row: Any) -> Job:
+    """Make a Job of a row of either library that has its columns; jsonb columns come as text."""
+    return Job(
+        id=row["id"],
+        queue=row["queue"],
+        type=row["type"],
+        state=State(row["state"]),
+        payload=row["payload"],
+        priority=row["priority"],
+        attempt=row["attempt"],
+        budget_start=row["budget_start"],
+        max_retries=row["max_retries"],
+        backoff=_backoff(row["backoff"]),
+        lease_seconds=row["lease_seconds"],
+        timeout_seconds=row["timeout_seconds"],
+        tags=tuple(json.loads(row["tags"])),
+        metadata=row["metadata"],
+        traceparent=row["traceparent"],
+        created_at=row["created_at"],
+        run_at=row["run_at"],
+        started_at=row["started_at"],
+        finished_at=row["finished_at"],
+        worker=row["worker"],
+        cancel_requested=row.get("cancel_requested") or False,
+        reason=row.get("reason"),
+        last_error=row["last_error"],
+        result=row["result"],
+    )
+
+
+def _leased(row: asyncpg.Record) -> LeasedJob:
+    return LeasedJob(
+        id=row["id"],
+        queue=row["queue"],
+        type=row["type"],
+        payload=row["payload"],
+        attempt=row["attempt"],
+        max_retries=row["max_retries"],
+        priority=row["priority"],
+        lease_id=row["lease_id"],
+        leased_at=row["leased_at"],
+        lease_expires_at=row["expires_at"],
+        ready_at=row["since"],
+        created_at=row["created_at"],
+        run_at=row["run_at"],
+        tags=tuple(json.loads(row["tags"])),
+        metadata=row["metadata"],
+        traceparent=row["traceparent"],
+        last_error=row["last_error"],
+    )
+
+
+def _lease(row: asyncpg.Record) -> Lease:
+    return Lease(
+        job_id=row["id"],
+        lease_id=row["lease_id"],
+        queue=row["queue"],
+        type=row["type"],
+        worker=row["worker"],
+        attempt=row["attempt"],
+        leased_at=row["leased_at"],
+        expires_at=row["expires_at"],
+        deadline_at=row["deadline_at"],
+        cancel_requested=row["cancel_requested"],
+        max_retries=row["max_retries"],
+        budget_start=row["budget_start"],
+        backoff=_backoff(row["backoff"]),
+    )
+
+
+def _moved(rows: Sequence[asyncpg.Record]) -> Moved | None:
+    return next((Moved(row["queue"], row["type"], State(row["state"])) for row in rows), None)
+
+
+def _error_text(error: WorkError) -> bytes:
+    return json.dumps({name: value for name, value in asdict(error).items() if value is not None}).encode()
+
+
+@lru_cache(maxsize=256)
+def _backoff_text(backoff: Backoff) -> str:
+    return json.dumps(asdict(backoff))
+
+
+@lru_cache(maxsize=256)
+def _backoff(text: str) -> Backoff:
+    fields = json.loads(text)
+    return Backoff(
+        strategy=BackoffStrategy(fields["strategy"]),
+        initial_seconds=fields["initial_seconds"],
+        factor=fields["factor"],
+        max_seconds=fields["max_seconds"],
+        jitter=Jitter(fields["jitter"]),
+    )

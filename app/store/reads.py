@@ -1,0 +1,368 @@
+"""Looking without touching: one job, lists, attempts, counts, ages, health. SQLAlchemy Core on the reading pool.
+
+A read is one statement, so its snapshot shows every job in exactly one place. All methods raise UnavailableError
+when the database is away or the read takes longer than READ_TIMEOUT_SECONDS.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy import (
+    BigInteger,
+    ColumnElement,
+    FromClause,
+    LargeBinary,
+    RowMapping,
+    Select,
+    Table,
+    Text,
+    and_,
+    case,
+    cast,
+    false,
+    func,
+    lateral,
+    literal,
+    null,
+    or_,
+    select,
+    text,
+    true,
+    union_all,
+)
+from sqlalchemy.dialects.postgresql import ARRAY, TIMESTAMP
+from sqlalchemy.types import TypeEngine
+
+from app.queue.lifecycle import State
+from app.queue.model import PRIORITY_MAX, PRIORITY_MIN, Attempt, Job, JobFilter, Outcome
+from app.store.database import Database, unavailable_when_away
+from app.store.jobs import earliest, job_of
+from app.store.schema import (
+    attempts,
+    counts,
+    dead,
+    deltas,
+    held,
+    history,
+    jobs,
+    leases,
+    maintenance,
+    notes,
+    ready,
+    scheduled,
+)
+
+PAGE_BYTES_MAX = 8 * 1024 * 1024
+"""A page stops at this much payload and result; the cursor goes on from there."""
+
+WORKERS_MAX = 100
+
+_BODY = (
+    "payload",
+    "budget_start",
+    "max_retries",
+    "backoff",
+    "lease_seconds",
+    "timeout_seconds",
+    "tags",
+    "metadata",
+    "traceparent",
+    "created_at",
+)
+_INSTANT = TIMESTAMP(timezone=True)
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerSeen:
+    """A worker that holds leases, and when it was last heard of."""
+
+    name: str | None
+    active: int
+    last_seen_at: datetime
+
+
+class Reads:
+    """The questions that the API, the metrics and the health checks ask."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    async def job(self, job_id: UUID) -> Job | None:
+        """Return the job, wherever it stands."""
+        places = [place.subquery() for place in _places(frozenset(State), ended_after=earliest(job_id))]
+        found = union_all(*(select(place).where(place.c.id == job_id) for place in places)).subquery()
+        rows = await self._all(select(*_shown(found)))
+        return job_of(rows[0]) if rows else None
+
+    async def page(self, wanted: JobFilter, limit: int, before: UUID | None) -> tuple[list[Job], UUID | None]:
+        """Return up to `limit` jobs, newest first, beginning after the id `before`, and the id to go on from."""
+        # A job does not end before it is created: that spares looking at older days.
+        places = _places(frozenset(wanted.states) or frozenset(State), ended_after=wanted.created_after)
+        heads = [
+            _filtered(place, wanted, before).order_by(text("id DESC")).limit(limit + 1).subquery()
+            for place in places
+        ]
+        merged = union_all(*(select(head) for head in heads)).subquery()
+        newest = select(merged).order_by(merged.c.id.desc()).limit(limit + 1).subquery()
+        size = func.octet_length(newest.c.payload) + func.coalesce(func.octet_length(newest.c.result), 0)
+        sized = select(
+            newest,
+            func.sum(size).over(order_by=newest.c.id.desc()).label("bytes"),
+            func.row_number().over(order_by=newest.c.id.desc()).label("place"),
+            func.count().over().label("found"),
+        ).subquery()
+        rows = await self._all(
+            select(*_shown(sized))
+            .where(or_(sized.c.place == 1, sized.c.bytes <= PAGE_BYTES_MAX), sized.c.place <= limit)
+            .order_by(sized.c.id.desc())
+        )
+        page = [job_of(row) for row in rows]
+        more = bool(rows) and rows[0]["found"] > len(rows)
+        return page, page[-1].id if more else None
+
+    async def attempts(self, job_id: UUID) -> list[Attempt]:
+        """Return every attempt of the job that is still kept, the running one included, oldest first."""
+        since = earliest(job_id)
+        ended = select(
+            attempts.c.attempt,
+            attempts.c.worker,
+            attempts.c.started_at,
+            attempts.c.ended_at,
+            attempts.c.outcome,
+            attempts.c.error,
+        ).where(attempts.c.job_id == job_id, attempts.c.ended_at >= since)
+        acked = select(
+            history.c.attempt,
+            history.c.worker,
+            history.c.started_at,
+            history.c.finished_at,
+            literal(Outcome.ACKED.value),
+            null(),
+        ).where(history.c.id == job_id, history.c.finished_at >= since)
+        running = select(
+            leases.c.attempt, leases.c.worker, leases.c.leased_at, cast(null(), _INSTANT), null(), null()
+        ).where(leases.c.id == job_id)
+        rows = await self._all(union_all(ended, acked, running).order_by("started_at"))
+        return [
+            Attempt(
+                attempt=row["attempt"],
+                worker=row["worker"],
+                started_at=row["started_at"],
+                ended_at=row["ended_at"],
+                outcome=None if row["outcome"] is None else Outcome(row["outcome"]),
+                error=row["error"],
+            )
+            for row in rows
+        ]
+
+    async def counts(self) -> dict[str, dict[State, int]]:
+        """Return how many jobs of each queue are in each state now: exact, in one snapshot."""
+        both = union_all(
+            select(counts.c.queue, *(counts.c[state.value] for state in State)),
+            select(deltas.c.queue, *(deltas.c[state.value] for state in State)),
+        ).subquery()
+        rows = await self._all(
+            select(
+                both.c.queue,
+                *(
+                    cast(func.coalesce(func.sum(both.c[state.value]), 0), BigInteger).label(state.value)
+                    for state in State
+                ),
+            )
+            .group_by(both.c.queue)
+            .order_by(both.c.queue)
+        )
+        return {row["queue"]: {state: row[state.value] for state in State} for row in rows}
+
+    async def oldest_ready_seconds(self, queues: Sequence[str]) -> dict[str, float]:
+        """Return for each queue how long its oldest ready job has waited; queues without one are left out."""
+        line = func.unnest(cast(list(queues), ARRAY(Text))).table_valued("queue").render_derived(name="line")
+        level = (
+            func.generate_series(PRIORITY_MIN, PRIORITY_MAX)
+            .table_valued("priority")
+            .render_derived(name="level")
+        )
+        head = lateral(
+            select(ready.c.since)
+            .where(ready.c.queue == line.c.queue, ready.c.priority == level.c.priority)
+            .order_by(ready.c.since)
+            .limit(1)
+        )
+        rows = await self._all(
+            select(line.c.queue, func.extract("epoch", func.now() - func.min(head.c.since)).label("seconds"))
+            .select_from(line.join(level, true()).join(head, true()))
+            .group_by(line.c.queue)
+        )
+        return {row["queue"]: max(float(row["seconds"]), 0.0) for row in rows}
+
+    async def workers(self) -> list[WorkerSeen]:
+        """Return the workers that hold leases, the most recently seen first, at most WORKERS_MAX."""
+        seen = func.max(func.coalesce(leases.c.heartbeat_at, leases.c.leased_at))
+        rows = await self._all(
+            select(leases.c.worker, func.count().label("active"), seen.label("seen"))
+            .group_by(leases.c.worker)
+            .order_by(seen.desc())
+            .limit(WORKERS_MAX)
+        )
+        return [
+            WorkerSeen(name=row["worker"], active=row["active"], last_seen_at=row["seen"]) for row in rows
+        ]
+
+    async def reaped_seconds_ago(self) -> float | None:
+        """Return how long ago any process last looked for expired leases; None when none ever has."""
+        rows = await self._all(
+            select(func.extract("epoch", func.now() - maintenance.c.ran_at).label("seconds")).where(
+                maintenance.c.task == "reap"
+            )
+        )
+        return float(rows[0]["seconds"]) if rows else None
+
+    async def ping(self) -> None:
+        """Ask the database for a sign of life, in our own schema."""
+        await self._all(select(maintenance.c.task).limit(1))
+
+    async def _all(self, statement: Any) -> Sequence[RowMapping]:
+        with unavailable_when_away():
+            async with self._database.reading.connect() as connection:
+                return (await connection.execute(statement)).mappings().all()
+
+
+def _places(states: frozenset[State], ended_after: datetime | None) -> list[Select[Any]]:
+    """Return a SELECT for each table that may hold a job in one of the states, all with the same columns."""
+    places: list[Select[Any]] = []
+    if State.READY in states:
+        places.append(_live(ready, literal(State.READY.value)))
+    if State.HELD in states:
+        places.append(_live(held, literal(State.HELD.value)))
+    if states & {State.SCHEDULED, State.RETRY}:
+        state = case((scheduled.c.is_retry, State.RETRY.value), else_=State.SCHEDULED.value)
+        delayed = _live(scheduled, state, run_at=scheduled.c.run_at)
+        if not states >= {State.SCHEDULED, State.RETRY}:
+            delayed = delayed.where(scheduled.c.is_retry if State.RETRY in states else ~scheduled.c.is_retry)
+        places.append(delayed)
+    if State.ACTIVE in states:
+        places.append(
+            _live(
+                leases,
+                literal(State.ACTIVE.value),
+                started_at=leases.c.leased_at,
+                worker=leases.c.worker,
+                cancel_requested=leases.c.cancel_requested,
+            )
+        )
+    dead_states = states & {State.FAILED, State.CANCELLED, State.EXPIRED}
+    if dead_states:
+        places.append(
+            _ended(
+                dead,
+                state=dead.c.state,
+                reason=dead.c.reason,
+                error_type=dead.c.error_type,
+                result=_nothing(LargeBinary()),
+            ).where(dead.c.state.in_(sorted(dead_states)))
+        )
+    if State.COMPLETED in states:
+        done = _ended(
+            history,
+            state=literal(State.COMPLETED.value),
+            reason=_nothing(Text()),
+            error_type=_nothing(Text()),
+            result=history.c.result,
+        )
+        places.append(done if ended_after is None else done.where(history.c.finished_at >= ended_after))
+    return places
+
+
+def _live(
+    place: Table,
+    state: ColumnElement[Any],
+    *,
+    run_at: ColumnElement[Any] = jobs.c.run_at,
+    started_at: ColumnElement[Any] | None = None,
+    worker: ColumnElement[Any] | None = None,
+    cancel_requested: ColumnElement[Any] | None = None,
+) -> Select[Any]:
+    note = and_(place.c.noted, notes.c.job_id == place.c.id)
+    return select(
+        place.c.id,
+        place.c.queue,
+        place.c.type,
+        place.c.priority,
+        place.c.attempt,
+        *(jobs.c[name] for name in _BODY),
+        state.label("state"),
+        run_at.label("run_at"),
+        (_nothing(_INSTANT) if started_at is None else started_at).label("started_at"),
+        _nothing(_INSTANT).label("finished_at"),
+        (_nothing(Text()) if worker is None else worker).label("worker"),
+        (false() if cancel_requested is None else cancel_requested).label("cancel_requested"),
+        _nothing(Text()).label("reason"),
+        notes.c.last_error,
+        notes.c.error_type,
+        _nothing(LargeBinary()).label("result"),
+    ).select_from(place.join(jobs, jobs.c.id == place.c.id).outerjoin(notes, note))
+
+
+def _ended(
+    place: Table,
+    *,
+    state: ColumnElement[Any],
+    reason: ColumnElement[Any],
+    error_type: ColumnElement[Any],
+    result: ColumnElement[Any],
+) -> Select[Any]:
+    return select(
+        place.c.id,
+        place.c.queue,
+        place.c.type,
+        place.c.priority,
+        place.c.attempt,
+        *(place.c[name] for name in _BODY),
+        state.label("state"),
+        place.c.run_at,
+        place.c.started_at,
+        place.c.finished_at,
+        place.c.worker,
+        false().label("cancel_requested"),
+        reason.label("reason"),
+        place.c.last_error,
+        error_type.label("error_type"),
+        result.label("result"),
+    )
+
+
+def _nothing(kind: TypeEngine[Any]) -> ColumnElement[Any]:
+    return cast(null(), kind)
+
+
+def _shown(found: FromClause) -> list[ColumnElement[Any]]:
+    # `job_of` parses jsonb itself, as it comes from the verbs' statements: as text.
+    return [
+        cast(column, Text).label(column.key) if column.key in {"backoff", "tags"} else column
+        for column in found.c
+    ]
+
+
+def _filtered(place: Select[Any], wanted: JobFilter, before: UUID | None) -> Select[Any]:
+    job = place.subquery()
+    conditions: list[ColumnElement[bool]] = []
+    if before is not None:
+        conditions.append(job.c.id < before)
+    if wanted.queues:
+        conditions.append(job.c.queue.in_(wanted.queues))
+    if wanted.types:
+        conditions.append(job.c.type.in_(wanted.types))
+    if wanted.tag is not None:
+        conditions.append(job.c.tags.op("?")(wanted.tag))
+    if wanted.worker is not None:
+        conditions.append(job.c.worker == wanted.worker)
+    if wanted.error_type is not None:
+        conditions.append(job.c.error_type == wanted.error_type)
+    if wanted.created_after is not None:
+        conditions.append(job.c.created_at > wanted.created_after)
+    if wanted.created_before is not None:
+        conditions.append(job.c.created_at < wanted.created_before)
+    return select(job).where(*conditions)

@@ -1,0 +1,31 @@
+-- Finish jobs: the lease named is the fence. No row comes back for a lease that does not stand any more.
+WITH lease AS MATERIALIZED (
+  SELECT mine.*, t.result, t.place
+    FROM unnest($2::uuid[], $3::uuid[], $4::bytea[]) WITH ORDINALITY AS t(id, lease_id, result, place)
+   CROSS JOIN LATERAL (
+          SELECT l.*
+            FROM {schema}.leases AS l
+           WHERE l.id = t.id AND l.lease_id = t.lease_id
+             FOR UPDATE) AS mine
+), gone AS (
+  DELETE FROM {schema}.leases WHERE id = ANY (ARRAY(SELECT id FROM lease))
+), body AS (
+  DELETE FROM {schema}.jobs WHERE id = ANY (ARRAY(SELECT id FROM lease)) RETURNING {body}
+), note AS (
+  DELETE FROM {schema}.notes
+   WHERE job_id = ANY (ARRAY(SELECT id FROM lease WHERE noted)) RETURNING job_id, last_error
+), done AS (
+  INSERT INTO {schema}.history
+         ({body}, lease_id, attempt, last_error, worker, started_at, finished_at, result)
+  SELECT {body.}, lease.lease_id, lease.attempt, note.last_error, lease.worker, lease.leased_at,
+         coalesce($1::timestamptz, now()), lease.result
+    FROM lease
+    JOIN body ON body.id = lease.id
+    LEFT JOIN note ON note.job_id = lease.id
+  RETURNING *
+), counted AS (
+  INSERT INTO {schema}.deltas (queue, active, completed)
+  SELECT queue, -count(*), count(*) FROM lease GROUP BY queue
+)
+SELECT done.*, 'completed' AS state, NULL AS reason
+  FROM done

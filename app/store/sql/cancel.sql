@@ -1,0 +1,32 @@
+-- Cancel a job that waits, or ask for the end of one that is active. No row comes back for a job that is neither,
+-- or that another transaction has moved since this statement began: the caller looks again then.
+WITH waiting AS (
+  DELETE FROM {schema}.ready WHERE id = $2::uuid RETURNING id, queue, type, attempt, noted, 'ready' AS state
+), delayed AS (
+  DELETE FROM {schema}.scheduled WHERE id = $2::uuid
+  RETURNING id, queue, type, attempt, noted, CASE WHEN is_retry THEN 'retry' ELSE 'scheduled' END AS state
+), asked AS (
+  UPDATE {schema}.leases SET cancel_requested = true WHERE id = $2::uuid RETURNING id, queue, type, 'active' AS state
+), place AS (
+  SELECT * FROM waiting UNION ALL SELECT * FROM delayed
+), body AS (
+  DELETE FROM {schema}.jobs WHERE id = ANY (ARRAY(SELECT id FROM place)) RETURNING {body}
+), note AS (
+  DELETE FROM {schema}.notes
+   WHERE job_id = ANY (ARRAY(SELECT id FROM place WHERE noted)) RETURNING job_id, last_error, error_type, checkpoint
+), buried AS (
+  INSERT INTO {schema}.dead ({body}, state, attempt, reason, last_error, error_type, checkpoint, finished_at)
+  SELECT {body.}, 'cancelled', place.attempt, 'cancelled', note.last_error, note.error_type, note.checkpoint,
+         coalesce($1::timestamptz, now())
+    FROM place
+    JOIN body ON body.id = place.id
+    LEFT JOIN note ON note.job_id = place.id
+), counted AS (
+  INSERT INTO {schema}.deltas (queue, ready, scheduled, retry, cancelled)
+  SELECT queue, CASE WHEN state = 'ready' THEN -1 END, CASE WHEN state = 'scheduled' THEN -1 END,
+         CASE WHEN state = 'retry' THEN -1 END, 1
+    FROM place
+)
+SELECT queue, type, state FROM place
+UNION ALL
+SELECT queue, type, state FROM asked

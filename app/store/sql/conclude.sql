@@ -1,0 +1,59 @@
+-- Write the verdicts on leases that this transaction has locked: end each lease, put the job where its verdict
+-- says, keep the attempt. $2… name the job, its state, the attempts that count, when it is due, why it died, the
+-- error with its type, how the attempt ended, and the verb that ended it.
+WITH verdict AS MATERIALIZED (
+  SELECT t.*, mine.queue, mine.type, mine.priority, mine.since, mine.noted, mine.lease_id, mine.leased_at,
+         mine.worker, mine.attempt AS this_attempt, clock.now, t.state IN ('failed', 'cancelled') AS is_dead
+    FROM (SELECT coalesce($1::timestamptz, now()) AS now) AS clock
+   CROSS JOIN unnest(
+           $2::uuid[], $3::text[], $4::int[], $5::timestamptz[], $6::text[], $7::bytea[], $8::text[], $9::text[],
+           $10::text[])
+         AS t(id, state, attempt, run_at, reason, error, error_type, outcome, verb)
+   CROSS JOIN LATERAL (SELECT l.* FROM {schema}.leases AS l WHERE l.id = t.id OFFSET 0) AS mine
+), gone AS (
+  DELETE FROM {schema}.leases WHERE id = ANY (ARRAY(SELECT id FROM verdict))
+), waiting AS (
+  INSERT INTO {schema}.ready (id, queue, type, priority, attempt, noted, since)
+  SELECT id, queue, type, priority, attempt, noted, since
+    FROM verdict
+   WHERE state = 'ready'
+), delayed AS (
+  INSERT INTO {schema}.scheduled (id, queue, type, priority, attempt, noted, run_at, is_retry)
+  SELECT id, queue, type, priority, attempt, noted OR error IS NOT NULL, run_at, state = 'retry'
+    FROM verdict
+   WHERE state IN ('scheduled', 'retry')
+), noted AS (
+  INSERT INTO {schema}.notes (job_id, last_error, error_type)
+  SELECT id, error, error_type
+    FROM verdict
+   WHERE NOT is_dead AND error IS NOT NULL
+  ON CONFLICT (job_id) DO UPDATE SET last_error = excluded.last_error, error_type = excluded.error_type
+), body AS (
+  DELETE FROM {schema}.jobs WHERE id = ANY (ARRAY(SELECT id FROM verdict WHERE is_dead)) RETURNING {body}
+), note AS (
+  DELETE FROM {schema}.notes
+   WHERE job_id = ANY (ARRAY(SELECT id FROM verdict WHERE is_dead AND noted))
+  RETURNING job_id, last_error, error_type, checkpoint
+), buried AS (
+  INSERT INTO {schema}.dead
+         ({body}, state, attempt, reason, last_error, error_type, checkpoint, worker, started_at, finished_at)
+  SELECT {body.}, verdict.state, verdict.attempt, verdict.reason,
+         CASE WHEN verdict.error IS NULL THEN note.last_error ELSE verdict.error END,
+         CASE WHEN verdict.error IS NULL THEN note.error_type ELSE verdict.error_type END,
+         note.checkpoint, verdict.worker, verdict.leased_at, verdict.now
+    FROM verdict
+    JOIN body ON body.id = verdict.id
+    LEFT JOIN note ON note.job_id = verdict.id
+), kept AS (
+  INSERT INTO {schema}.attempts
+         (job_id, lease_id, queue, attempt, worker, started_at, ended_at, outcome, verb, state, run_at, error)
+  SELECT id, lease_id, queue, this_attempt, worker, leased_at, now, outcome, verb, state, run_at, error
+    FROM verdict
+)
+INSERT INTO {schema}.deltas (queue, active, ready, scheduled, retry, failed, cancelled)
+SELECT queue, -count(*),
+       nullif(count(*) FILTER (WHERE state = 'ready'), 0), nullif(count(*) FILTER (WHERE state = 'scheduled'), 0),
+       nullif(count(*) FILTER (WHERE state = 'retry'), 0), nullif(count(*) FILTER (WHERE state = 'failed'), 0),
+       nullif(count(*) FILTER (WHERE state = 'cancelled'), 0)
+  FROM verdict
+ GROUP BY queue

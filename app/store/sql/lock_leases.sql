@@ -1,0 +1,14 @@
+-- Lock the leases that workers give up, with what decides about their jobs. First half of fail and release: the
+-- locks are held until `conclude` has written the verdicts in the same transaction.
+SELECT coalesce($1::timestamptz, now()) AS now, mine.*, body.max_retries, body.budget_start, body.backoff
+  FROM unnest($2::uuid[], $3::uuid[]) WITH ORDINALITY AS t(id, lease_id, place)
+ CROSS JOIN LATERAL (
+        SELECT l.*
+          FROM {schema}.leases AS l
+         WHERE l.id = t.id AND l.lease_id = t.lease_id
+           FOR UPDATE) AS mine
+ CROSS JOIN LATERAL (
+        SELECT b.max_retries, b.budget_start, b.backoff
+          FROM {schema}.jobs AS b
+         WHERE b.id = mine.id
+        OFFSET 0) AS body

@@ -1,0 +1,8 @@
+-- The same for those who wait for jobs of one type only.
+SELECT line.queue, line.type, found.count
+  FROM unnest($1::text[], $2::text[], $3::int[]) AS line(queue, type, waiters)
+ CROSS JOIN LATERAL (
+        SELECT count(*) AS count
+          FROM (SELECT FROM {schema}.ready AS r
+                 WHERE r.queue = line.queue AND r.type = line.type LIMIT line.waiters) AS some) AS found
+ WHERE found.count > 0

@@ -1,0 +1,276 @@
+"""What happened, as Prometheus metrics and as log lines. Payloads, results and error texts never pass here.
+
+Counters and histograms follow the events of this process; gauges are read from the database when Prometheus
+scrapes, at most once each GAUGE_SECONDS, with queries whose cost does not depend on how many jobs there are.
+"""
+
+import logging
+import sys
+import time
+from collections.abc import Iterable, Mapping
+
+import structlog
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.gc_collector import GCCollector
+from prometheus_client.platform_collector import PlatformCollector
+from prometheus_client.process_collector import ProcessCollector
+
+from app.queue.events import (
+    AttemptEnded,
+    CancelRequested,
+    JobCancelled,
+    JobCompleted,
+    JobDeleted,
+    JobEnqueued,
+    JobEvent,
+    JobLeased,
+    JobRetried,
+    JobsPromoted,
+    MaintenanceFailed,
+    MaintenanceRan,
+    Observer,
+    QueueEvent,
+)
+from app.queue.lifecycle import State
+from app.queue.model import Outcome
+
+GAUGE_SECONDS = 2.0
+QUEUE_LABELS_MAX = 500
+"""Queues beyond so many share one label, so that a flood of names does not become a flood of series."""
+OTHER_QUEUES = "_other"
+
+_WAITS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 1800, 7200)
+_RUNS = (0.005, 0.01, 0.05, 0.1, 0.5, 1, 5, 10, 30, 60, 120, 300, 600, 1800, 3600, 7200)
+
+
+class Everyone:
+    """Tells several observers."""
+
+    def __init__(self, observers: Iterable[Observer]) -> None:
+        self._observers = tuple(observers)
+
+    def on(self, event: QueueEvent) -> None:
+        """Pass `event` on to each."""
+        for observer in self._observers:
+            observer.on(event)
+
+
+class Metrics:
+    """The metrics of one process, in a registry of their own."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
+        PlatformCollector(registry=self.registry)
+        GCCollector(registry=self.registry)
+        self._queues: set[str] = set()
+        self._enqueued = self._counter("leaseq_jobs_enqueued", "Jobs stored", "queue")
+        self._completed = self._counter("leaseq_jobs_completed", "Jobs acked", "queue")
+        self._attempts_failed = self._counter(
+            "leaseq_attempts_failed",
+            "Attempts that ended as failed, lease_expired or timed_out",
+            "queue",
+            "outcome",
+        )
+        self._retried = self._counter("leaseq_jobs_retried", "Attempts that led to another one", "queue")
+        self._dead_lettered = self._counter("leaseq_jobs_dead_lettered", "Jobs that failed for good", "queue")
+        self._leases_expired = self._counter(
+            "leaseq_leases_expired", "Leases that ran out without a word from their worker", "queue"
+        )
+        self._released = self._counter("leaseq_jobs_released", "Jobs given back uncounted", "queue")
+        self._cancelled = self._counter("leaseq_jobs_cancelled", "Jobs cancelled", "queue")
+        self._waits = Histogram(
+            "leaseq_lease_wait_seconds",
+            "From ready to leased",
+            ["queue"],
+            buckets=_WAITS,
+            registry=self.registry,
+        )
+        self._runs = Histogram(
+            "leaseq_run_seconds", "From leased to acked", ["queue"], buckets=_RUNS, registry=self.registry
+        )
+        self._maintenance = Histogram(
+            "leaseq_maintenance_seconds", "One turn of a maintenance task", ["task"], registry=self.registry
+        )
+        self._maintenance_failures = self._counter(
+            "leaseq_maintenance_failures", "Turns of a maintenance task that failed", "task"
+        )
+        self._jobs = self._gauge("leaseq_jobs", "Jobs kept now", "queue", "state")
+        self._oldest = self._gauge("leaseq_oldest_ready_seconds", "Age of the oldest ready job", "queue")
+        self._waiters = self._gauge("leaseq_lease_waiters", "Leases that wait in this process")
+        self._listening = self._gauge("leaseq_listening", "1 while hints from other processes are heard")
+        self._pool = self._gauge(
+            "leaseq_database_pool_connections", "Connections of the verbs' pool", "state"
+        )
+        self._lag = self._gauge(
+            "leaseq_maintenance_lag_seconds", "Since any process last looked for expired leases"
+        )
+        self._database_up = self._gauge("leaseq_database_up", "1 when the database answered this scrape")
+        self._gauges_read_at = float("-inf")
+
+    def on(self, event: QueueEvent) -> None:  # one short case an event; a table would hide the types
+        """Count `event`."""
+        match event:
+            case JobEnqueued():
+                self._enqueued.labels(self._queue(event.queue)).inc()
+            case JobLeased():
+                self._waits.labels(self._queue(event.queue)).observe(event.waited_seconds)
+            case JobCompleted():
+                queue = self._queue(event.queue)
+                self._completed.labels(queue).inc()
+                self._runs.labels(queue).observe(event.ran_seconds)
+            case AttemptEnded():
+                self._ended(event)
+            case JobCancelled():
+                self._cancelled.labels(self._queue(event.queue)).inc()
+            case MaintenanceRan():
+                self._maintenance.labels(event.task).observe(event.took_seconds)
+            case MaintenanceFailed():
+                self._maintenance_failures.labels(event.task).inc()
+            case _:
+                pass
+
+    def gauges_due(self) -> bool:
+        """Whether the gauges are older than GAUGE_SECONDS; then the caller reads them anew and calls `show`."""
+        if time.monotonic() - self._gauges_read_at < GAUGE_SECONDS:
+            return False
+        self._gauges_read_at = time.monotonic()
+        return True
+
+    def show_process(self, *, waiters: int, listening: bool, pool_size: int, pool_idle: int) -> None:
+        """Set the gauges that this process knows by itself."""
+        self._waiters.set(waiters)
+        self._listening.set(listening)
+        self._pool.labels("idle").set(pool_idle)
+        self._pool.labels("used").set(pool_size - pool_idle)
+
+    def show_database(
+        self,
+        counts: Mapping[str, Mapping[State, int]] | None,
+        oldest_ready_seconds: Mapping[str, float],
+        maintenance_seconds_ago: float | None,
+    ) -> None:
+        """Set the gauges that were read from the database; counts is None when it did not answer."""
+        self._database_up.set(counts is not None)
+        self._jobs.clear()
+        self._oldest.clear()
+        for queue, states in (counts or {}).items():
+            for state, count in states.items():
+                self._jobs.labels(self._queue(queue), state).inc(count)
+        for queue, seconds in oldest_ready_seconds.items():
+            self._oldest.labels(self._queue(queue)).set(seconds)
+        if maintenance_seconds_ago is not None:
+            self._lag.set(maintenance_seconds_ago)
+
+    def _ended(self, event: AttemptEnded) -> None:
+        queue = self._queue(event.queue)
+        if event.outcome is Outcome.RELEASED:
+            self._released.labels(queue).inc()
+        elif event.outcome is not Outcome.CANCELLED:
+            self._attempts_failed.labels(queue, event.outcome.value).inc()
+        if event.outcome is Outcome.LEASE_EXPIRED:
+            self._leases_expired.labels(queue).inc()
+        match event.state:
+            case State.RETRY:
+                self._retried.labels(queue).inc()
+            case State.FAILED:
+                self._dead_lettered.labels(queue).inc()
+            case State.CANCELLED:
+                self._cancelled.labels(queue).inc()
+            case _:
+                pass
+
+    def _queue(self, queue: str) -> str:
+        if queue in self._queues:
+            return queue
+        if len(self._queues) >= QUEUE_LABELS_MAX:
+            return OTHER_QUEUES
+        self._queues.add(queue)
+        return queue
+
+    def _counter(self, name: str, help_text: str, *labels: str) -> Counter:
+        return Counter(name, help_text, labels, registry=self.registry)
+
+    def _gauge(self, name: str, help_text: str, *labels: str) -> Gauge:
+        return Gauge(name, help_text, labels, registry=self.registry)
+
+
+class EventLog:
+    """One line for each change of a job's state: routine at debug, what an operator wants to know at info and up."""
+
+    def __init__(self) -> None:
+        self._log = structlog.get_logger("leaseq")
+
+    def on(self, event: QueueEvent) -> None:
+        """Write `event` down."""
+        match event:
+            case JobEnqueued():
+                self._line(logging.DEBUG, "job_enqueued", event, state=event.state)
+            case JobLeased():
+                self._line(logging.DEBUG, "job_leased", event, worker=event.worker, attempt=event.attempt)
+            case JobCompleted():
+                self._line(logging.DEBUG, "job_completed", event, worker=event.worker, attempt=event.attempt)
+            case AttemptEnded():
+                level = {State.FAILED: logging.WARNING, State.RETRY: logging.INFO}.get(
+                    event.state, logging.DEBUG
+                )
+                self._line(
+                    level,
+                    "attempt_ended",
+                    event,
+                    worker=event.worker,
+                    attempt=event.attempt,
+                    outcome=event.outcome,
+                    state=event.state,
+                )
+            case CancelRequested():
+                self._line(logging.INFO, "job_cancel_requested", event)
+            case JobCancelled():
+                self._line(logging.INFO, "job_cancelled", event)
+            case JobRetried():
+                self._line(logging.INFO, "job_retried", event)
+            case JobDeleted():
+                self._line(logging.INFO, "job_deleted", event)
+            case JobsPromoted():
+                self._log.debug("jobs_promoted", queue=event.queue, type=event.type, count=event.count)
+            case MaintenanceFailed():
+                self._log.warning("maintenance_failed", task=event.task, error=event.error)
+            case _:
+                pass
+
+    def _line(self, level: int, name: str, event: JobEvent, **more: object) -> None:
+        if self._log.is_enabled_for(level):
+            self._log.log(level, name, job_id=str(event.job_id), queue=event.queue, type=event.type, **more)
+
+
+def configure_logging(level: str, form: str) -> None:
+    """Write log lines to standard error: as JSON, or pretty on a terminal. uvicorn's lines go the same way."""
+    pretty = form == "pretty" or (form == "auto" and sys.stderr.isatty())
+    shared: list[structlog.typing.Processor] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.processors.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+    ]
+    render: list[structlog.typing.Processor] = (
+        [structlog.dev.ConsoleRenderer()]
+        if pretty
+        else [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
+    )
+    number = logging.getLevelNamesMapping()[level.upper()]
+    structlog.configure(
+        processors=[*shared, *render],
+        wrapper_class=structlog.make_filtering_bound_logger(number),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        cache_logger_on_first_use=True,
+    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            foreign_pre_chain=shared,
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *render],
+        )
+    )
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    # Libraries speak up when something is wrong; what they do all day is theirs.
+    root.setLevel(max(number, logging.WARNING))

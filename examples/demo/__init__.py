@@ -1,0 +1,1 @@
+"""The demonstration: a service, workers in three languages, one of them killed, every result verified."""
