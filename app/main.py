@@ -158,7 +158,7 @@ async def serve(settings: Settings, ready: Callable[[Server], None]) -> None:
     async with running(build(settings)) as machine:
         server = Server(machine)
         serving = asyncio.create_task(server.serve())
-        while not server.started and not serving.done():
+        while not server.started and not serving.done():  # noqa: ASYNC110  # uvicorn has no event for it
             await asyncio.sleep(0.01)
         if server.started:
             ready(server)

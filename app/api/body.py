@@ -24,6 +24,8 @@ _STEP = [0] * 256
 for _open, _close in (b"[]", b"{}"):
     _STEP[_open], _STEP[_close] = 1, -1
 _ESCAPE = re.compile(rb"\\(?:u([0-9a-fA-F]{4})|.)", re.DOTALL)
+_HIGH = range(0xD800, 0xDC00)
+_LOW = range(0xDC00, 0xE000)
 _AT = re.compile(r"(?P<message>.*?)(?: - at `(?P<path>\$.*)`)?", re.DOTALL)
 
 T = TypeVar("T")
@@ -90,11 +92,11 @@ def _has_lone_surrogate(body: bytes) -> bool:
     expected_at = -1  # where the second half of a pair must begin
     for match in _ESCAPE.finditer(body):
         unit = int(match[1], 16) if match[1] else 0
-        if expected_at >= 0 and (match.start() != expected_at or not 0xDC00 <= unit <= 0xDFFF):
+        if expected_at >= 0 and (match.start() != expected_at or unit not in _LOW):
             return True
-        if expected_at < 0 and 0xDC00 <= unit <= 0xDFFF:
+        if expected_at < 0 and unit in _LOW:
             return True
-        expected_at = match.end() if 0xD800 <= unit <= 0xDBFF else -1
+        expected_at = match.end() if unit in _HIGH else -1
     return expected_at >= 0
 
 

@@ -1,0 +1,71 @@
+"""What must hold of the tables at every instant, whatever a test has done."""
+
+from typing import Any
+
+_CHECKS = {
+    "a job is in exactly one place": """
+        WITH place AS (
+          SELECT id, 'ready' AS name FROM leaseq.ready
+          UNION ALL SELECT id, 'scheduled' FROM leaseq.scheduled
+          UNION ALL SELECT id, 'held' FROM leaseq.held
+          UNION ALL SELECT id, 'leases' FROM leaseq.leases
+          UNION ALL SELECT id, 'dead' FROM leaseq.dead
+          UNION ALL SELECT id, 'history' FROM leaseq.history)
+        SELECT id, array_agg(name) FROM place GROUP BY id HAVING count(*) <> 1""",
+    "a living job has a body, and only a living job has": """
+        WITH living AS (
+          SELECT id FROM leaseq.ready UNION ALL SELECT id FROM leaseq.scheduled
+          UNION ALL SELECT id FROM leaseq.held UNION ALL SELECT id FROM leaseq.leases)
+        SELECT coalesce(l.id, b.id), l.id IS NULL AS body_without_place
+          FROM living AS l FULL JOIN leaseq.jobs AS b ON b.id = l.id
+         WHERE l.id IS NULL OR b.id IS NULL""",
+    "a place says of its job what the body says": """
+        SELECT p.id
+          FROM (SELECT id, queue, type, priority FROM leaseq.ready
+                UNION ALL SELECT id, queue, type, priority FROM leaseq.scheduled
+                UNION ALL SELECT id, queue, type, priority FROM leaseq.leases) AS p
+          JOIN leaseq.jobs AS b ON b.id = p.id
+         WHERE (p.queue, p.type, p.priority) <> (b.queue, b.type, b.priority)""",
+    "notes belong to living jobs that say so": """
+        SELECT n.job_id
+          FROM leaseq.notes AS n
+          LEFT JOIN (SELECT id, noted FROM leaseq.ready UNION ALL SELECT id, noted FROM leaseq.scheduled
+                     UNION ALL SELECT id, noted FROM leaseq.held UNION ALL SELECT id, noted FROM leaseq.leases) AS p
+            ON p.id = n.job_id
+         WHERE p.noted IS NOT TRUE""",
+    "every lease has a token of its own": """
+        SELECT lease_id FROM leaseq.leases GROUP BY lease_id HAVING count(*) > 1""",
+    "no lease outlives its time limit": """
+        SELECT id FROM leaseq.leases WHERE expires_at > deadline_at""",
+    "the counts are those of the rows": """
+        WITH counted AS (
+          SELECT queue, state, sum(n) AS n
+            FROM (SELECT * FROM leaseq.counts
+                  UNION ALL
+                  SELECT queue, scheduled, ready, held, active, retry, completed, failed, cancelled, expired
+                    FROM leaseq.deltas) AS c
+           CROSS JOIN LATERAL (VALUES ('scheduled', scheduled), ('ready', ready), ('held', held), ('active', active),
+                  ('retry', retry), ('completed', completed), ('failed', failed), ('cancelled', cancelled),
+                  ('expired', expired)) AS s(state, n)
+           GROUP BY queue, state
+        ), actual AS (
+          SELECT queue, state, count(*) AS n
+            FROM (SELECT queue, 'ready' AS state FROM leaseq.ready
+                  UNION ALL SELECT queue, CASE WHEN is_retry THEN 'retry' ELSE 'scheduled' END FROM leaseq.scheduled
+                  UNION ALL SELECT queue, 'held' FROM leaseq.held
+                  UNION ALL SELECT queue, 'active' FROM leaseq.leases
+                  UNION ALL SELECT queue, state FROM leaseq.dead
+                  UNION ALL SELECT queue, 'completed' FROM leaseq.history) AS a
+           GROUP BY queue, state)
+        SELECT coalesce(c.queue, a.queue), coalesce(c.state, a.state), c.n AS counted, a.n AS actual
+          FROM counted AS c FULL JOIN actual AS a ON (a.queue, a.state) = (c.queue, c.state)
+         WHERE coalesce(c.n, 0) <> coalesce(a.n, 0)""",
+}
+
+
+async def broken_invariants(connection: Any) -> list[str]:
+    """Return a line for each row that breaks an invariant; none when all hold."""
+    broken = []
+    for name, query in _CHECKS.items():
+        broken += [f"{name}: {dict(row)}" for row in await connection.fetch(query)]
+    return broken
