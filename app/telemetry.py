@@ -201,7 +201,7 @@ class EventLog:
     def __init__(self) -> None:
         self._log = structlog.get_logger("leaseq")
 
-    def on(self, event: QueueEvent) -> None:
+    def on(self, event: QueueEvent) -> None:  # noqa: C901  # one short case an event
         """Write `event` down."""
         match event:
             case JobEnqueued():

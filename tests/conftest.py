@@ -237,7 +237,7 @@ def template_url(cluster_url: str) -> str:
 async def database_url(cluster_url: str, template_url: str) -> AsyncIterator[str]:
     """A database for one test, cloned from the template."""
     name = f"leaseq_{os.getpid()}_{next(_numbers)}"
-    await _recreate(cluster_url, name, TEMPLATE)
+    await _recreate(cluster_url, name, urlsplit(template_url).path.removeprefix("/"))
     yield with_database(cluster_url, name)
     await _execute(cluster_url, f"DROP DATABASE {name} WITH (FORCE)")
 

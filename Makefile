@@ -1,0 +1,76 @@
+# `make help` lists the targets. Everything works from a fresh clone: the first target that needs it makes .venv.
+.DEFAULT_GOAL := help
+.PHONY: help run test check lint types contracts openapi openapi-check unit demo migrate format lock clean system-tools
+
+PYTHON ?= python3
+BIN := .venv/bin
+# Two test processes on two cores; a test's own database keeps them apart.
+JOBS ?= 2
+
+help: ## Show this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
+
+run: .venv/.run ## Start leaseq with its own PostgreSQL (or DATABASE_URL), migrated and ready to take jobs
+	@exec $(BIN)/python -m app serve
+
+test: .venv/.dev system-tools check unit ## Everything that must pass: lint, types, contracts, drift, tests
+
+check: lint types contracts openapi-check ## All checks but the tests
+
+lint: .venv/.dev ## Style and smells
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: .venv/.dev ## Types, strictly
+	$(BIN)/mypy
+
+contracts: .venv/.dev ## Who may import whom
+	$(BIN)/lint-imports --no-logo
+
+openapi: .venv/.dev ## Write openapi.yaml from the routes
+	$(BIN)/python -m app openapi
+
+openapi-check: .venv/.dev ## Fail when openapi.yaml is not what the routes say
+	$(BIN)/python -m app openapi --check
+
+unit: .venv/.dev ## The tests alone
+	$(BIN)/python -m pytest -n $(JOBS) --cov --cov-report=term
+
+demo: .venv/.dev ## Three workers in three languages digest a tree of files; one is killed on the way
+	$(BIN)/python -m examples.demo
+
+migrate: .venv/.run ## Bring the database's schema up to date
+	$(BIN)/python -m app migrate
+
+format: .venv/.dev ## Mend what can be mended by itself
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+lock: ## Renew the locked dependencies (needs uv)
+	uv pip compile -q --upgrade --universal --python-version 3.11 --generate-hashes --no-header --extra embedded pyproject.toml -o requirements/run.txt
+	uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-header -c requirements/run.txt pyproject.toml -o requirements/service.txt
+	uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-header -c requirements/run.txt --all-extras pyproject.toml -o requirements/dev.txt
+
+clean: ## Remove what was made here, but not the data in .leaseq
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache .coverage*
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "leaseq needs Python 3.11 or newer; set PYTHON=python3.x"; exit 1; }
+	@$(PYTHON) -m venv .venv || { echo "Python's venv module is missing: apt-get install python3-venv"; exit 1; }
+
+# A stamp says that exactly these locked packages are installed.
+.venv/.run: requirements/run.txt | .venv/bin/python
+	@echo "Installing the locked packages into .venv ..."
+	@$(BIN)/python -m pip install -q --disable-pip-version-check --require-hashes -r requirements/run.txt
+	@touch $@
+
+.venv/.dev: requirements/dev.txt | .venv/bin/python
+	@echo "Installing the locked packages into .venv ..."
+	@$(BIN)/python -m pip install -q --disable-pip-version-check --require-hashes -r requirements/dev.txt
+	@touch .venv/.run $@
+
+# The shell worker of examples/ is tested too, and it needs these two.
+system-tools:
+	@command -v jq >/dev/null && command -v curl >/dev/null || { \
+	  [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq && apt-get install -y -qq jq curl >/dev/null; } || { \
+	  echo "The tests of the shell worker need jq and curl: install them with your package manager."; exit 1; }
