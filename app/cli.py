@@ -3,10 +3,10 @@
 import asyncio
 import signal
 import sys
-from collections.abc import Coroutine, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 import yaml
@@ -16,7 +16,7 @@ from app.queue.errors import UnavailableError
 from app.settings import Settings, SettingsError, load_settings
 from app.store.database import Database
 from app.store.embedded import EmbeddedDatabaseError, embedded_database
-from app.store.migrate import downgrade, upgrade
+from app.store.migrate import MigrationError, downgrade, upgrade
 from app.telemetry import configure_logging
 
 OPENAPI_FILE = Path(__file__).resolve().parents[1] / "openapi.yaml"
@@ -33,7 +33,7 @@ cli = typer.Typer(
 def serve_command() -> None:
     """Serve the HTTP API and do the maintenance, until SIGINT or SIGTERM."""
     with _settings() as settings:
-        _run(serve(settings, _welcome))
+        asyncio.run(serve(settings, _welcome))
 
 
 @cli.command("migrate")
@@ -44,7 +44,7 @@ def migrate_command(
 ) -> None:
     """Bring the database's schema to what this version needs."""
     with _settings() as settings:
-        _run(_migrate(settings, to, down=down))
+        asyncio.run(_migrate(settings, to, down=down))
     typer.echo(f"The schema {settings.schema_name} is at {to}.")
 
 
@@ -54,7 +54,7 @@ def maintain_command(
 ) -> None:
     """Do the maintenance without serving: expired leases, due jobs, counts, retention."""
     with _settings() as settings:
-        changed = _run(_maintain(build(settings), once=once))
+        changed = asyncio.run(_maintain(build(settings), once=once))
     for task, count in changed.items():
         typer.echo(f"{task:8} {count}")
 
@@ -105,15 +105,13 @@ def _settings() -> Iterator[Settings]:
         else:
             with embedded_database(settings.data_dir) as url:
                 yield settings.model_copy(update={"database_url": url})
-    except (SettingsError, EmbeddedDatabaseError, UnavailableError, NotMigratedError) as error:
-        _stop(str(error))
-
-
-def _run(work: Coroutine[Any, Any, Any]) -> Any:
-    try:
-        return asyncio.run(work)
-    except RuntimeError as error:
-        # What a migration refuses to do.
+    except (
+        SettingsError,
+        EmbeddedDatabaseError,
+        UnavailableError,
+        NotMigratedError,
+        MigrationError,
+    ) as error:
         _stop(str(error))
 
 

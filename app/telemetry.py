@@ -157,8 +157,12 @@ class Metrics:
         for queue, states in (counts or {}).items():
             for state, count in states.items():
                 self._jobs.labels(self._queue(queue), state).inc(count)
+        oldest: dict[str, float] = {}
         for queue, seconds in oldest_ready_seconds.items():
-            self._oldest.labels(self._queue(queue)).set(seconds)
+            label = self._queue(queue)
+            oldest[label] = max(seconds, oldest.get(label, 0.0))
+        for label, seconds in oldest.items():
+            self._oldest.labels(label).set(seconds)
         if maintenance_seconds_ago is not None:
             self._lag.set(maintenance_seconds_ago)
 

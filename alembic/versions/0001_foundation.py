@@ -3,6 +3,7 @@
 Frozen: this file says what the first release created, whatever `app/store/schema.py` says today.
 """
 
+from alembic.util import CommandError
 from sqlalchemy import text
 
 from alembic import op
@@ -258,13 +259,13 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    """Drop everything, unless a job still lives there. Raises RuntimeError then."""
+    """Drop everything, unless a job still lives there. Raises CommandError then."""
     connection = op.get_bind()
     # Nobody may enqueue between the look and the drop.
     connection.execute(text("LOCK TABLE jobs IN ACCESS EXCLUSIVE MODE"))
     if connection.execute(text("SELECT EXISTS (SELECT FROM jobs)")).scalar():
         message = "There are unfinished jobs: finish or cancel them before going below revision 0001."
-        raise RuntimeError(message)
+        raise CommandError(message)
     for table in (
         "jobs",
         "ready",

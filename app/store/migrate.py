@@ -6,6 +6,7 @@ from pathlib import Path
 from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
+from alembic.util import CommandError
 from sqlalchemy import Connection
 
 from alembic import command
@@ -14,13 +15,17 @@ from app.store.database import Database, unavailable_when_away
 ROOT = Path(__file__).resolve().parents[2]
 
 
+class MigrationError(Exception):
+    """A migration that can not be done; its text is a sentence. Nothing was changed."""
+
+
 async def upgrade(database: Database, revision: str = "head") -> None:
-    """Bring the schema up to `revision`. Safe when several processes do so at once. Raises UnavailableError."""
+    """Bring the schema up to `revision`. Safe when several processes do so at once. Raises UnavailableError, MigrationError."""
     await _run(database, command.upgrade, revision)
 
 
 async def downgrade(database: Database, revision: str) -> None:
-    """Bring the schema down to `revision`. Raises UnavailableError, and RuntimeError where jobs would be lost."""
+    """Bring the schema down to `revision`. Raises UnavailableError, and MigrationError where jobs would be lost."""
     await _run(database, command.downgrade, revision)
 
 
@@ -43,10 +48,13 @@ async def _run(database: Database, direction: Callable[[Config, str], None], rev
     def run(connection: Connection) -> None:
         direction(_config(connection=connection, schema=database.schema), revision)
 
-    with unavailable_when_away():
-        async with database.reading.connect() as connection:
-            await connection.run_sync(run)
-            await connection.commit()
+    try:
+        with unavailable_when_away():
+            async with database.reading.connect() as connection:
+                await connection.run_sync(run)
+                await connection.commit()
+    except CommandError as error:
+        raise MigrationError(str(error)) from error
 
 
 def _config(**attributes: object) -> Config:

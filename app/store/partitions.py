@@ -8,6 +8,7 @@ from functools import partial
 
 import asyncpg
 
+from app.queue.errors import UnavailableError
 from app.queue.lifecycle import State
 from app.store.database import Database, Transaction
 from app.store.schema import PARTITIONED, history
@@ -63,7 +64,11 @@ class Partitions:
                 continue
             try:
                 await self._database.transact(partial(self._drop, name, table_name))
-            except (asyncpg.LockNotAvailableError, asyncpg.UndefinedTableError):
+            except asyncpg.UndefinedTableError:
+                continue  # another process was faster
+            except UnavailableError as error:
+                if not isinstance(error.__cause__, asyncpg.LockNotAvailableError):
+                    raise
                 continue
             dropped += 1
         return dropped

@@ -10,8 +10,11 @@ import os
 import re
 import shlex
 import shutil
+import signal
+import socket
 import subprocess
 import sys
+import time
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -19,9 +22,11 @@ from importlib.metadata import packages_distributions
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import httpx
 import pytest
 import yaml
 
+from app.cli import cli
 from app.settings import Settings, SettingsError, load_settings, variable_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -50,7 +55,11 @@ class Stage:
 
 
 def read_dockerfile() -> list[Stage]:
-    lines = [line for line in (ROOT / "Dockerfile").read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
+    lines = [
+        line
+        for line in (ROOT / "Dockerfile").read_text(encoding="utf-8").splitlines()
+        if not line.startswith("#")
+    ]
     stages: list[Stage] = []
     for instruction in re.sub(r"\\\n\s*", "", "\n".join(lines)).splitlines():
         word, _, rest = instruction.partition(" ")
@@ -185,7 +194,9 @@ def test_the_image_waits_for_sigterm_and_serves_by_default(image: Stage) -> None
 def test_compose_has_no_password_of_its_own_and_publishes_on_loopback_only(compose: Document) -> None:
     text = (DEPLOY / "compose.yaml").read_text(encoding="utf-8")
     passwords = re.findall(r"PASSWORD\}?.*", text)
-    assert len(passwords) == text.count("${POSTGRES_PASSWORD:?") > 1, "a password that does not come from .env"
+    assert len(passwords) == text.count("${POSTGRES_PASSWORD:?") > 1, (
+        "a password that does not come from .env"
+    )
     ports = [port for service in compose["services"].values() for port in service.get("ports", [])]
     assert ports
     assert all(port.startswith("127.0.0.1:") for port in ports)
@@ -214,7 +225,10 @@ def test_compose_runs_the_service_without_privileges_and_keeps_the_data(compose:
         assert services[name]["cap_drop"] == ["ALL"]
         assert "user" not in services[name], "the image's user is the one that is tested"
     assert services["postgres"]["volumes"] == ["postgres:/var/lib/postgresql"]
-    assert {mount.partition(":")[0] for mount in services["prometheus"]["volumes"]} <= {"./prometheus", "prometheus"}
+    assert {mount.partition(":")[0] for mount in services["prometheus"]["volumes"]} <= {
+        "./prometheus",
+        "prometheus",
+    }
     assert set(compose["volumes"]) == {"postgres", "prometheus"}
 
 
@@ -311,17 +325,27 @@ def test_the_service_is_reachable_inside_the_cluster_only_and_by_the_right_port(
     assert port["containerPort"] == int(image.environment["QUEUE_PORT"])
     (service_port,) = manifest("Service")["spec"]["ports"]
     (rule,) = manifest("NetworkPolicy")["spec"]["ingress"]
-    probes = [container("Deployment")[f"{name}Probe"]["httpGet"]["port"] for name in ("startup", "readiness", "liveness")]
+    probes = [
+        container("Deployment")[f"{name}Probe"]["httpGet"]["port"]
+        for name in ("startup", "readiness", "liveness")
+    ]
     assert {port["name"]} == {service_port["targetPort"], rule["ports"][0]["port"], *probes}
 
 
-@pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl renders kustomizations; it is not installed")
+@pytest.mark.skipif(
+    shutil.which("kubectl") is None, reason="kubectl renders kustomizations; it is not installed"
+)
 def test_kustomize_renders_the_example_with_its_component(tmp_path: Path) -> None:
     copied = shutil.copytree(KUBERNETES, tmp_path / "kubernetes")
     overlay = copied / "overlays" / "example" / "kustomization.yaml"
-    overlay.write_text(overlay.read_text(encoding="utf-8").replace("# components:", "components:"), encoding="utf-8")
+    overlay.write_text(
+        overlay.read_text(encoding="utf-8").replace("# components:", "components:"), encoding="utf-8"
+    )
     rendered = subprocess.run(
-        [shutil.which("kubectl") or "", "kustomize", str(overlay.parent)], capture_output=True, text=True, check=True
+        [shutil.which("kubectl") or "", "kustomize", str(overlay.parent)],
+        capture_output=True,
+        text=True,
+        check=True,
     )
     made = {item["kind"]: item for item in yaml.safe_load_all(rendered.stdout)}
     assert all(item["metadata"]["namespace"] == "leaseq" for item in made.values())
@@ -372,3 +396,125 @@ def test_every_variable_that_the_files_name_is_a_setting() -> None:
     }
     assert named
     assert not {(variable, path) for variable, path in named if variable not in known}
+
+
+def test_every_command_of_the_deployments_is_one_of_the_command_line(compose: Document, image: Stage) -> None:
+    known = {command.name for command in cli.registered_commands}
+    services = compose["services"]
+    used = [image.arguments("CMD"), services["leaseq"]["command"], services["migrate"]["command"]]
+    used += [container("Deployment")["args"], container("Job")["args"]]
+    assert {arguments[0] for arguments in used} <= known
+
+
+def test_every_probe_asks_a_path_of_the_api(image: Stage) -> None:
+    paths = documents(ROOT / "openapi.yaml")[0]["paths"]
+    asked = {
+        name: container("Deployment")[f"{name}Probe"]["httpGet"]["path"]
+        for name in ("readiness", "liveness", "startup")
+    }
+    assert asked == {"readiness": "/health/ready", "liveness": "/health/live", "startup": "/health/live"}
+    found = re.search(r"'(/health/[a-z]+)'", image.arguments("HEALTHCHECK")[-1])
+    assert found
+    assert all("get" in paths[path] for path in (*asked.values(), found[1]))
+
+
+# What the service says to Prometheus
+
+
+def alerts() -> list[Document]:
+    (groups,) = documents(RULES)
+    return [rule for group in groups["groups"] for rule in group["rules"]]
+
+
+def metric_names(text: str) -> set[str]:
+    """The names in a PromQL expression or in prose; a rule's `up` is Prometheus's own."""
+    return set(re.findall(r"\bleaseq_[a-z_]+", text))
+
+
+def test_every_alert_is_explained_in_the_runbook() -> None:
+    runbook = (DEPLOY / "README.md").read_text(encoding="utf-8")
+    assert re.findall(r"^### (Leaseq\w+)$", runbook, flags=re.MULTILINE) == [
+        rule["alert"] for rule in alerts()
+    ]
+    for rule in alerts():
+        assert rule["labels"]["severity"] in {"warning", "critical"}
+        assert rule["annotations"]["summary"]
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool tests the rules; it is not installed")
+def test_alerts_fire_when_they_should_and_only_then() -> None:
+    subprocess.run(["promtool", "test", "rules", "rules.test.yml"], cwd=RULES.parent, check=True)
+
+
+# The whole
+
+
+@pytest.fixture
+def root(builder: Stage, tmp_path: Path) -> Path:
+    """What the builder copies, where nothing but it can be found."""
+    root = tmp_path / "root"
+    root.mkdir()
+    for *sources, target in builder.copies:
+        for source in sources:
+            place = root / target / Path(source).name if target.endswith("/") else root / target
+            place.parent.mkdir(parents=True, exist_ok=True)
+            if (ROOT / source).is_dir():
+                shutil.copytree(ROOT / source, place, ignore=shutil.ignore_patterns("__pycache__"))
+            else:
+                shutil.copy(ROOT / source, place)
+    return root
+
+
+def test_the_layout_of_the_image_migrates_serves_and_stops(
+    image: Stage, root: Path, database_url: str
+) -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port = unused.getsockname()[1]
+    environment = {name: value for name, value in image.environment.items() if name != "PATH"} | {
+        "DATABASE_URL": database_url,
+        "QUEUE_HOST": "127.0.0.1",
+        "QUEUE_PORT": str(port),
+        "QUEUE_MIGRATE": "false",
+        # One that the template of the tests has not: the migration has something to do.
+        "QUEUE_SCHEMA": "deployed",
+    }
+    before = sorted(root.rglob("*"))
+
+    def run(command: list[str]) -> subprocess.Popen[str]:
+        assert command[0] == "python"
+        return subprocess.Popen(
+            [sys.executable, *command[1:]], cwd=root, env=environment, stderr=subprocess.PIPE, text=True
+        )
+
+    entry_point = image.arguments("ENTRYPOINT")
+    with run([*entry_point, *image.arguments("CMD")]) as too_early:
+        assert "migrate" in too_early.communicate(timeout=20)[1]
+    assert too_early.returncode == 1
+    with run([*entry_point, "migrate"]) as migration:
+        migration.communicate(timeout=20)
+    assert migration.returncode == 0
+
+    with run([*entry_point, *image.arguments("CMD")]) as service:
+        try:
+            deadline = time.monotonic() + 20
+            while True:
+                with run(image.arguments("HEALTHCHECK")) as check:
+                    complaint = check.communicate(timeout=10)[1]
+                if check.returncode == 0:
+                    break
+                assert service.poll() is None, service.communicate()[1]
+                assert time.monotonic() < deadline, complaint
+            httpx.post(f"http://127.0.0.1:{port}/jobs", json={"queue": "q"}).raise_for_status()
+            metrics = httpx.get(f"http://127.0.0.1:{port}/metrics").text
+        finally:
+            service.send_signal(signal.SIGTERM)
+            complaints = service.communicate(timeout=20)[1]
+    assert service.returncode == 0, complaints
+    assert sorted(root.rglob("*")) == before, "it writes where the container's file system is read-only"
+
+    told = set(re.findall(r"^# TYPE (leaseq_\w+)", metrics, flags=re.MULTILINE))
+    told |= {f"{name}_{part}" for name in told for part in ("count", "sum", "bucket")}
+    for path in (RULES, RULES.with_name("rules.test.yml"), DEPLOY / "README.md"):
+        assert metric_names(path.read_text(encoding="utf-8")) <= told, path
+    assert re.search(r'^leaseq_jobs\{queue="q",state="failed"\}', metrics, flags=re.MULTILINE)
