@@ -21,13 +21,12 @@ from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
 TIMEOUT_SECONDS = 30
-TRIES = 12
 TRY_AGAIN = {429, 500, 502, 503, 504}
 
 
 def warn(trouble: object) -> None:
     """Say on standard error what is left out, and why."""
-    print(f"left out: {trouble}", file=sys.stderr)  # noqa: T201
+    print(f"left out: {trouble}", file=sys.stderr)
 
 
 def regular_files(root: Path, skip: Collection[str] = ()) -> Iterator[Path]:
@@ -51,11 +50,11 @@ def digest_job(queue: str, path: Path) -> dict[str, Any]:
     return {"queue": queue, "type": "file-digest", "payload": {"path": os.fsencode(path).decode()}}
 
 
-def enqueue(url: str, jobs: Iterable[dict[str, Any]], connections: int = 4) -> int:
+def enqueue(url: str, jobs: Iterable[dict[str, Any]], connections: int = 4, tries: int = 12) -> int:
     """POST the jobs, one a request, over a few connections, in about their order; return how many there were.
 
-    While the service is away each connection waits and tries again. A lost reply makes a repeat, so a job may
-    be there twice; a worker must be able to do a job twice anyway.
+    While the service is away each connection pauses and tries again, so often in all. A lost reply makes a repeat,
+    so a job may be there twice; a worker must be able to do a job twice anyway.
     Raises ValueError when the service refuses a job, ConnectionError when it stays away.
     """
     service = urlsplit(url)
@@ -72,7 +71,7 @@ def enqueue(url: str, jobs: Iterable[dict[str, Any]], connections: int = 4) -> i
                     job = next(waiting, None)
                 if job is None:
                     break
-                post(connection, service.path.rstrip("/") + "/jobs", job)
+                post(connection, service.path.rstrip("/") + "/jobs", job, tries)
                 count += 1
         except BaseException:
             broken.set()
@@ -91,10 +90,10 @@ def connect(service: SplitResult) -> http.client.HTTPConnection:
     return kind(service.hostname or "", service.port, timeout=TIMEOUT_SECONDS)
 
 
-def post(connection: http.client.HTTPConnection, target: str, body: dict[str, Any]) -> None:
+def post(connection: http.client.HTTPConnection, target: str, body: dict[str, Any], tries: int) -> None:
     """POST until answered. Raises ValueError when refused, ConnectionError when no try was answered."""
     for attempt in itertools.count(1):
-        pause_seconds = min(10, 0.25 * 2**attempt) * random.uniform(0.5, 1)  # noqa: S311 - jitter
+        pause_seconds = min(10, 0.25 * 2**attempt) * random.uniform(0.5, 1)
         try:
             connection.request("POST", target, json.dumps(body), {"Content-Type": "application/json"})
             response = connection.getresponse()
@@ -110,7 +109,7 @@ def post(connection: http.client.HTTPConnection, target: str, body: dict[str, An
                 raise ValueError(reason)
             retry_after = response.headers.get("Retry-After", "")
             pause_seconds = float(retry_after) if retry_after.isdigit() else pause_seconds
-        if attempt >= TRIES:
+        if attempt >= tries:
             break
         time.sleep(pause_seconds)
     raise ConnectionError(reason)
@@ -139,7 +138,7 @@ def main() -> None:
     began_at = time.monotonic()
     count = enqueue(os.environ.get("LEASEQ_URL", "http://127.0.0.1:8080"), jobs(), arguments.connections)
     seconds = time.monotonic() - began_at
-    print(f"{count} jobs enqueued in {seconds:.1f} s, {count / seconds:.0f} a second")  # noqa: T201
+    print(f"{count} jobs enqueued in {seconds:.1f} s, {count / seconds:.0f} a second")
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ class Refused extends Error {}
 // Throws Refused, or another Error when no try was answered.
 async function post(path, body, tries = 20) {
   for (let attempt = 1; ; attempt += 1) {
-    let pauseSeconds = Math.min(30, 0.25 * 2 ** attempt) * (0.5 + Math.random() / 2);
+    let pauseSeconds = Math.min(10, 0.25 * 2 ** attempt) * (0.5 + Math.random() / 2);
     let reason;
     try {
       const response = await fetch(url + path, {

@@ -89,7 +89,7 @@ class Service:
         connection = http.client.HTTPSConnection if URL.scheme == "https" else http.client.HTTPConnection
         self.connection = connection(URL.hostname or "", URL.port, timeout=WAIT_SECONDS + 10)
 
-    def post(self, path: str, body: dict[str, Any], tries: float = 20) -> Any:  # noqa: ANN401 - JSON
+    def post(self, path: str, body: dict[str, Any], tries: float = 20) -> Any:
         """POST ``body`` and return the answer; while the service is away, pause and try again.
 
         Safe for ack and fail: a repeat with the same lease changes nothing and gets the same answer.
@@ -97,7 +97,7 @@ class Service:
         """
         target, headers = URL.path.rstrip("/") + path, {"Content-Type": "application/json"}
         for attempt in itertools.count(1):
-            pause_seconds = min(30, 0.25 * 2**attempt) * random.uniform(0.5, 1)  # noqa: S311 - jitter
+            pause_seconds = min(10, 0.25 * 2**attempt) * random.uniform(0.5, 1)
             try:
                 self.connection.request("POST", target, json.dumps(body), headers)
                 response = self.connection.getresponse()

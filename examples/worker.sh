@@ -104,6 +104,7 @@ while [ -z "$leaving" ]; do
     polling=''
     case $(cat "$tmp/status") in
         200) (trap '' INT TERM; handle "$tmp/jobs") ;;
+        408 | 429) ;;
         4??) log "lease: $(cat "$tmp/jobs")"; exit 1 ;;
     esac
 done

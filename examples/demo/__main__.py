@@ -6,6 +6,7 @@ import secrets
 import signal
 import sys
 import sysconfig
+import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -39,11 +40,11 @@ from examples.producer import digest_job, regular_files
 
 WORKERS_PER_LANGUAGE = 2
 STALL_SECONDS = 60
-TICK_SECONDS = 0.1
-SETTLE_SECONDS = 0.2
-LOOKS = 4
+TICK_SECONDS = 0.25
+SETTLE_SECONDS = 0.2  # for what is on its way when a worker freezes
+LOOKS = 4  # at a frozen worker, before it may go on
 BUSY_JOBS_PER_WORKER = 8
-SHOWN_PROBLEMS = 20
+SHOWN = 20  # dead letters, problems
 # Caches, which any Python program may rewrite meanwhile, and other people's packages.
 SKIPPED_DIRECTORIES = ("__pycache__", "site-packages")
 
@@ -54,7 +55,7 @@ class Size:
 
     files: int | None
     lease_seconds: float
-    max_retries: int
+    max_retries: int  # of what cannot be read; the rest has the service's default
 
 
 FULL = Size(files=None, lease_seconds=5, max_retries=3)
@@ -82,7 +83,8 @@ def main() -> int:
         sys.stdout.reconfigure(errors="replace")
     console = Console(highlight=False)
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(signum, _interrupt)
+        if signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN:  # as nohup has it
+            signal.signal(signum, lambda *_: _interrupted.set())
     try:
         with ExitStack() as stack:
             return 0 if Demo(console, stack, arguments.root.resolve(), size, arguments.url).run() else 1
@@ -94,10 +96,17 @@ def main() -> int:
         return 1
 
 
-def _interrupt(_signum: int, _frame: object) -> None:
-    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(signum, signal.SIG_IGN)  # An impatient second Ctrl-C would cut the clearing up short.
-    raise KeyboardInterrupt
+_interrupted = threading.Event()
+
+
+def pause(seconds: float) -> None:
+    """Sleep. Raises KeyboardInterrupt after a signal.
+
+    It comes here and nowhere else: not between the start of a process and the note that it must be ended, and
+    not while things are being cleared up.
+    """
+    if _interrupted.wait(seconds):
+        raise KeyboardInterrupt
 
 
 class Demo:
@@ -112,8 +121,8 @@ class Demo:
         self.stack = stack
         self.size = size
         self.directory = Path(stack.enter_context(TemporaryDirectory(prefix="leaseq-demo-")))
-        self.files = self._collect(root)
         self.unreadable = _make_unreadable(self.directory / "unreadable")
+        self.files = self._collect(root)
         self.total = len(self.files) + len(self.unreadable)
         self.queue = f"files-{secrets.token_hex(4)}" if url else "files"
         self.url = url or self._start_service()
@@ -128,22 +137,31 @@ class Demo:
 
         Raises ProcessError when a worker dies by itself or nothing moves any more.
         """
-        names = [*self.unreadable, *self.files]
-        jobs = [digest_job(self.queue, Path(name)) | {"max_retries": self.size.max_retries} for name in names]
-        feed = Feed(self.url, jobs)
+        hopeless = [self._job(name) | {"max_retries": self.size.max_retries} for name in self.unreadable]
+        feed = Feed(self.url, hopeless + [self._job(name) for name in self.files])
         self.stack.callback(feed.stop)
         with Screen(self.console, self.total) as screen:
             self._watch(feed, screen)
         exit_codes = self.fleet.stop()
         return self._report(exit_codes)
 
+    def _job(self, name: str) -> Job:
+        return digest_job(self.queue, Path(name))
+
     def _collect(self, root: Path) -> list[str]:
+        """List the tree's files; those that are not ours to read join the unreadable ones."""
         files, strange = [], 0
         for path in islice(regular_files(root, SKIPPED_DIRECTORIES), self.size.files):
+            pause(0)
             try:
-                files.append(os.fsencode(path).decode())
+                name = os.fsencode(path).decode()
             except UnicodeDecodeError:
                 strange += 1
+                continue
+            if os.access(path, os.R_OK):
+                files.append(name)
+            else:
+                self.unreadable[name] = "EACCES"
         if not files:
             raise ValueError(f"no files in {root}")
         self.console.print("[bold]leaseq, at work", end="\n\n")
@@ -158,7 +176,9 @@ class Demo:
 
     def _start_service(self) -> str:
         with self.console.status("starting the service"):
-            return self.stack.enter_context(service(self.directory / "data", self.directory / "service.log"))
+            return self.stack.enter_context(
+                service(self.directory / "data", self.directory / "service.log", pause)
+            )
 
     def _start_workers(self) -> tuple[Fleet, list[Row]]:
         environment = {
@@ -175,7 +195,7 @@ class Demo:
             except ProcessError as reason:
                 rows.append(Row(language.name, language.title, absence=str(reason)))
             else:
-                rows.append(Row(language.name, title, WORKERS_PER_LANGUAGE))
+                rows.append(Row(language.name, title, str(WORKERS_PER_LANGUAGE)))
                 fleet.start(language, WORKERS_PER_LANGUAGE)
         fact(
             self.console,
@@ -203,7 +223,7 @@ class Demo:
                 seen, seen_at = counts, time.monotonic()
             if time.monotonic() > seen_at + STALL_SECONDS:
                 raise ProcessError(f"nothing has moved for {STALL_SECONDS} s: {dict(counts)}")
-            time.sleep(TICK_SECONDS)
+            pause(TICK_SECONDS)
 
     def _kill_if_time(self, feed: Feed, counts: Counts) -> None:
         """Kill a worker once a quarter is done, if it holds a job at that moment; else try at the next tick.
@@ -215,7 +235,7 @@ class Demo:
         busy = counts["waiting"] > BUSY_JOBS_PER_WORKER * len(self.fleet.workers)
         if not idle and not (busy and done(counts) >= self.total // 4):
             return
-        time.sleep(SETTLE_SECONDS)
+        pause(SETTLE_SECONDS)
         name = f"{LANGUAGES[0].name}-{WORKERS_PER_LANGUAGE}"
         worker = self.fleet.workers[name]
         worker.signal(signal.SIGSTOP)
@@ -223,11 +243,12 @@ class Demo:
             feed.release()
         held: set[str] = set()
         for _ in range(LOOKS):
-            time.sleep(SETTLE_SECONDS)  # What was on its way when the worker froze arrives meanwhile.
+            pause(SETTLE_SECONDS)
             before, held = held, {job["id"] for job in self.ledger.jobs(state="active", worker=name)}
             if held & before:
                 worker.signal(signal.SIGKILL)
                 self.victim, self.orphans = name, sorted(held)
+                self.rows[0] = replace(self.rows[0], workers=f"{WORKERS_PER_LANGUAGE}, one killed")
                 feed.release()
                 cross(self.console, f"[bold]{name} killed[/] with a job in hand")
                 return
@@ -255,16 +276,16 @@ class Demo:
             verdict = judge(self.files, self.unreadable, completed, dead)
 
         self.console.print()
-        per_language = Counter(job["result"]["language"] for job in completed)
+        per_language = Counter(str((job["result"] or {}).get("language")) for job in completed)
         retries = sum(job["retry_count"] for job in (*completed, *dead))
         self.console.print(results_table(self.rows, per_language, len(dead), retries, _seconds(completed)))
         letters = [
             DeadLetter(
                 Path(job["payload"]["path"]).name,
-                job["last_error"]["type"],
+                (job["last_error"] or {}).get("type") or "?",
                 [attempt["worker"] for attempt in self.ledger.attempts(job["id"])],
             )
-            for job in dead
+            for job in dead[:SHOWN]
         ]
         self.console.print(dead_letters_table(letters))
 
@@ -282,13 +303,14 @@ class Demo:
             for name, code in exit_codes.items()
             if code and name != self.victim
         ]
-        tick(self.console, f"{verdict.verified:,} of {len(self.files):,} digests are those of sha256sum")
+        mark = tick if verdict.verified == len(self.files) else cross
+        mark(self.console, f"{verdict.verified:,} of {len(self.files):,} digests are those of sha256sum")
         for fate in fates:
             tick(self.console, fate)
-        for sentence in problems[:SHOWN_PROBLEMS]:
+        for sentence in problems[:SHOWN]:
             cross(self.console, escape(sentence))
-        if len(problems) > SHOWN_PROBLEMS:
-            cross(self.console, f"and {len(problems) - SHOWN_PROBLEMS:,} more")
+        if len(problems) > SHOWN:
+            cross(self.console, f"and {len(problems) - SHOWN:,} more")
         return not problems
 
 

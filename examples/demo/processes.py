@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +36,7 @@ class Process:
         self._leaving = False
         kept = {key: os.environ[key] for key in KEPT_ENVIRONMENT if key in os.environ}
         with log.open("wb") as output:
-            self._child = subprocess.Popen(  # noqa: S603 - the commands are this package's own
+            self._child = subprocess.Popen(
                 command,
                 cwd=EXAMPLES.parent,
                 env={**kept, **environment},
@@ -80,10 +80,10 @@ class Process:
 
 
 @contextmanager
-def service(data: Path, log: Path) -> Iterator[str]:
+def service(data: Path, log: Path, pause: Callable[[float], None] = time.sleep) -> Iterator[str]:
     """Run the service on a free loopback port with its data in ``data``; give its URL once it is ready.
 
-    Raises ProcessError when it ends or is not ready in time.
+    Raises ProcessError when it ends or is not ready in time, and whatever ``pause``, with which it waits, raises.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -92,13 +92,13 @@ def service(data: Path, log: Path) -> Iterator[str]:
     process = Process("service", (sys.executable, "-m", "app", "serve"), environment, log)
     try:
         url = f"http://127.0.0.1:{port}"
-        _wait_until_ready(process, url)
+        _wait_until_ready(process, url, pause)
         yield url
     finally:
         process.stop()
 
 
-def _wait_until_ready(process: Process, url: str) -> None:
+def _wait_until_ready(process: Process, url: str, pause: Callable[[float], None]) -> None:
     give_up_at = time.monotonic() + READY_SECONDS
     with httpx.Client(base_url=url, trust_env=False) as client:
         while process.running and time.monotonic() < give_up_at:
@@ -107,7 +107,7 @@ def _wait_until_ready(process: Process, url: str) -> None:
                     return
             except httpx.TransportError:
                 pass
-            time.sleep(0.05)
+            pause(0.05)
     state = f"is not ready after {READY_SECONDS} s" if process.running else "ended before it was ready"
     raise ProcessError(f"the service {state}; its last words:\n{process.last_words}")
 
@@ -126,13 +126,13 @@ class Language:
         """Return the language's version. Raises ProcessError when something that it needs is missing."""
         missing = [tool for tool in self.tools if not shutil.which(tool)]
         if missing:
-            raise ProcessError(f"not installed: {', '.join(missing)}")
-        answer = subprocess.run(  # noqa: S603 - the commands are this package's own
+            raise ProcessError(f"no {', '.join(missing)}")
+        answer = subprocess.run(
             (self.command[0], "--version"), capture_output=True, text=True, check=False, timeout=30
         ).stdout
         version = re.search(r"\d+(\.\d+)*", answer)
         if not version or int(version[0].split(".")[0]) < self.least_version:
-            raise ProcessError(f"needs version {self.least_version}, found {answer.strip() or 'none'}")
+            raise ProcessError(f"{version[0] if version else 'no version'}, needs {self.least_version}")
         return version[0]
 
 

@@ -108,7 +108,7 @@ class Row:
 
     name: str
     title: str
-    workers: int = 0
+    workers: str = ""
     absence: str = ""
 
 
@@ -119,17 +119,15 @@ def results_table(
     total = sum(completed.values())
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 2))
     for title in ("Language", "Workers", "Jobs", "Share", "", "Jobs/s"):
-        table.add_column(title, justify="right" if title in {"Jobs", "", "Jobs/s"} else "left")
+        table.add_column(title, justify="right" if title in {"Jobs", "", "Jobs/s"} else "left", no_wrap=True)
     for row in rows:
         if row.absence:
-            table.add_row(row.title, f"left out, {escape(row.absence)}", "-", "", "", "-", style="dim")
+            table.add_row(row.title, f"left out: {escape(row.absence)}", "-", "", "", "-", style="dim")
         else:
             jobs = completed.get(row.name, 0)
             share = jobs / max(total, 1)
             bar = ProgressBar(total=1, completed=share, width=20, complete_style="cyan")
-            table.add_row(
-                row.title, str(row.workers), f"{jobs:,}", bar, f"{share:.0%}", f"{jobs / seconds:,.0f}"
-            )
+            table.add_row(row.title, row.workers, f"{jobs:,}", bar, f"{share:.0%}", f"{jobs / seconds:,.0f}")
     table.add_section()
     table.add_row("[bold]Completed", "", f"[bold]{total:,}", "", "", f"[bold]{total / seconds:,.0f}")
     table.add_row("Retries", "", f"{retries:,}")

@@ -23,7 +23,7 @@ class Ledger:
 
     def __init__(self, url: str, queue: str) -> None:
         """Read over one keep-alive connection."""
-        self._client = httpx.Client(base_url=url, timeout=30, trust_env=False)
+        self._client = httpx.Client(base_url=url, timeout=10, trust_env=False)
         self._queue = queue
 
     def close(self) -> None:
@@ -56,7 +56,7 @@ class Ledger:
         attempts: list[dict[str, Any]] = self._get(f"/jobs/{job_id}/attempts")["attempts"]
         return sorted(attempts, key=lambda attempt: int(attempt["attempt"]))
 
-    def _get(self, path: str, **query: str) -> Any:  # noqa: ANN401 - JSON
+    def _get(self, path: str, **query: str) -> Any:
         answer = self._client.get(path, params=query)
         answer.raise_for_status()
         return answer.json()
@@ -94,7 +94,7 @@ class Feed:
 
     def _run(self) -> None:
         try:
-            enqueue(self._url, self._steps())
+            enqueue(self._url, self._steps(), tries=4)
         except Exception as error:  # noqa: BLE001 - kept for the thread that asks
             self._error = error
 

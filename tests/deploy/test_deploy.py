@@ -5,16 +5,16 @@ image's own environment, arguments and health check; the manifests are read as d
 """
 
 import ast
+import compileall
 import json
 import os
+import py_compile
 import re
 import shlex
 import shutil
-import signal
 import socket
 import subprocess
 import sys
-import time
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -27,6 +27,7 @@ import pytest
 import yaml
 
 from app.cli import cli
+from app.main import NotMigratedError, build, connected
 from app.settings import Settings, SettingsError, load_settings, variable_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -427,7 +428,7 @@ def alerts() -> list[Document]:
 
 
 def metric_names(text: str) -> set[str]:
-    """The names in a PromQL expression or in prose; a rule's `up` is Prometheus's own."""
+    """leaseq's metrics in PromQL or in prose; `up` is Prometheus's own."""
     return set(re.findall(r"\bleaseq_[a-z_]+", text))
 
 
@@ -449,9 +450,17 @@ def test_alerts_fire_when_they_should_and_only_then() -> None:
 # The whole
 
 
+async def test_a_version_whose_migration_has_not_run_does_not_start(database_url: str) -> None:
+    """What makes a forgotten migration stop a rollout instead of the service."""
+    settings = Settings(_env_file=None, database_url=database_url, schema_name="empty", migrate=False)
+    with pytest.raises(NotMigratedError, match="python -m app migrate"):
+        async with connected(build(settings)):
+            pass
+
+
 @pytest.fixture
 def root(builder: Stage, tmp_path: Path) -> Path:
-    """What the builder copies, where nothing but it can be found."""
+    """What the builder copies and compiles, where nothing else can be found."""
     root = tmp_path / "root"
     root.mkdir()
     for *sources, target in builder.copies:
@@ -462,6 +471,7 @@ def root(builder: Stage, tmp_path: Path) -> Path:
                 shutil.copytree(ROOT / source, place, ignore=shutil.ignore_patterns("__pycache__"))
             else:
                 shutil.copy(ROOT / source, place)
+    compileall.compile_dir(root, quiet=1, invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH)
     return root
 
 
@@ -476,7 +486,7 @@ def test_the_layout_of_the_image_migrates_serves_and_stops(
         "QUEUE_HOST": "127.0.0.1",
         "QUEUE_PORT": str(port),
         "QUEUE_MIGRATE": "false",
-        # One that the template of the tests has not: the migration has something to do.
+        # One that the tests' database does not have yet.
         "QUEUE_SCHEMA": "deployed",
     }
     before = sorted(root.rglob("*"))
@@ -484,37 +494,37 @@ def test_the_layout_of_the_image_migrates_serves_and_stops(
     def run(command: list[str]) -> subprocess.Popen[str]:
         assert command[0] == "python"
         return subprocess.Popen(
-            [sys.executable, *command[1:]], cwd=root, env=environment, stderr=subprocess.PIPE, text=True
+            [sys.executable, *command[1:]],
+            cwd=root,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
         )
 
-    entry_point = image.arguments("ENTRYPOINT")
-    with run([*entry_point, *image.arguments("CMD")]) as too_early:
-        assert "migrate" in too_early.communicate(timeout=20)[1]
-    assert too_early.returncode == 1
+    entry_point, serve = image.arguments("ENTRYPOINT"), image.arguments("CMD")
     with run([*entry_point, "migrate"]) as migration:
-        migration.communicate(timeout=20)
-    assert migration.returncode == 0
+        assert "deployed is at head" in migration.communicate(timeout=30)[0]
 
-    with run([*entry_point, *image.arguments("CMD")]) as service:
+    with run([*entry_point, *serve]) as service:
+        assert service.stdout
         try:
-            deadline = time.monotonic() + 20
-            while True:
-                with run(image.arguments("HEALTHCHECK")) as check:
-                    complaint = check.communicate(timeout=10)[1]
-                if check.returncode == 0:
-                    break
-                assert service.poll() is None, service.communicate()[1]
-                assert time.monotonic() < deadline, complaint
+            assert any("leaseq is ready" in line for line in service.stdout)
+            with run(image.arguments("HEALTHCHECK")) as check:
+                complaint = check.communicate(timeout=30)[1]
             httpx.post(f"http://127.0.0.1:{port}/jobs", json={"queue": "q"}).raise_for_status()
             metrics = httpx.get(f"http://127.0.0.1:{port}/metrics").text
         finally:
-            service.send_signal(signal.SIGTERM)
-            complaints = service.communicate(timeout=20)[1]
-    assert service.returncode == 0, complaints
+            service.terminate()
+            log = service.communicate(timeout=30)[1]
+    assert (check.returncode, complaint) == (0, "")
+    assert service.returncode == 0, log
     assert sorted(root.rglob("*")) == before, "it writes where the container's file system is read-only"
 
     told = set(re.findall(r"^# TYPE (leaseq_\w+)", metrics, flags=re.MULTILINE))
     told |= {f"{name}_{part}" for name in told for part in ("count", "sum", "bucket")}
     for path in (RULES, RULES.with_name("rules.test.yml"), DEPLOY / "README.md"):
         assert metric_names(path.read_text(encoding="utf-8")) <= told, path
+    # What the rules select and group by.
     assert re.search(r'^leaseq_jobs\{queue="q",state="failed"\}', metrics, flags=re.MULTILINE)
+    assert re.search(r'^leaseq_oldest_ready_seconds\{queue="q"\}', metrics, flags=re.MULTILINE)

@@ -25,7 +25,7 @@ from examples.producer import digest_job, enqueue, regular_files
 from examples.worker import media_type
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-PATIENCE_SECONDS = 20
+PATIENCE_SECONDS = 30
 RETRY_AFTER_SECONDS = 1
 
 
@@ -269,6 +269,20 @@ def _feed(fifo: Path) -> bool:
     return True
 
 
+def test_a_worker_abandons_a_job_that_is_cancelled(
+    language: Language, start: Callable[..., Process], tmp_path: Path
+) -> None:
+    if language.name == "shell":
+        pytest.skip("it finishes the file, which is its right")
+    with (tmp_path / "long").open("wb") as file:
+        file.truncate(1 << 36)
+    script = Script(str(tmp_path / "long"), faults={"heartbeat": ["cancel"]})
+    with script.serve() as url:
+        start(url, lease_seconds=0.6)
+        until(lambda: script.asked("ack", "fail"), "the job is settled")
+    assert [request.verb for request in script.asked("ack", "fail")] == ["fail"]
+
+
 def test_a_worker_without_a_job_leaves_at_once(start: Callable[..., Process]) -> None:
     script = Script()
     with script.serve() as url:
@@ -316,24 +330,32 @@ def test_a_late_ack_is_dropped_and_the_job_done_again(
         def state(job_id: str) -> str:
             return str(client.get(f"/jobs/{job_id}").json()["state"])
 
+        def freeze_with_a_job() -> str:
+            """Freeze the worker while it waits for a job, so that it cannot work on the one that it is given."""
+            worker.signal(signal.SIGSTOP)
+            job_id = post()
+            for _ in range(50):
+                if state(job_id) == "active":
+                    return job_id
+                time.sleep(0.02)
+            worker.signal(signal.SIGCONT)  # It froze between two jobs: once more.
+            until(lambda: state(job_id) == "completed", "the worker goes on")
+            return freeze_with_a_job()
+
         worker = start(url, queue, lease_seconds=1)
         first = post()
         until(lambda: state(first) == "completed", "the worker works")
-
-        # Frozen while it waits for a job, it is given one that it cannot work on until the lease has expired.
-        worker.signal(signal.SIGSTOP)
-        second = post()
-        until(lambda: state(second) == "active", "the frozen worker has the job")
-        until(lambda: state(second) != "active", "its lease is taken away")
+        late = freeze_with_a_job()
+        until(lambda: state(late) != "active", "its lease is taken away")
         worker.signal(signal.SIGCONT)
-        until(lambda: state(second) == "completed", "it has done the job after all")
+        until(lambda: state(late) == "completed", "it has done the job after all")
 
-        attempts = client.get(f"/jobs/{second}/attempts").json()["attempts"]
+        attempts = client.get(f"/jobs/{late}/attempts").json()["attempts"]
         assert sorted((attempt["attempt"], attempt["outcome"]) for attempt in attempts) == [
             (1, "lease_expired"),
             (2, "acked"),
         ]
-        assert client.get(f"/jobs/{second}").json()["result"] == expected(str(file), language.name)
+        assert client.get(f"/jobs/{late}").json()["result"] == expected(str(file), language.name)
     assert worker.running
     assert "lease_lost" in worker.last_words
     assert worker.stop() == 0
@@ -406,6 +428,7 @@ def directory() -> Iterator[Path]:
         yield Path(directory)
 
 
+@pytest.mark.slow
 def test_the_demo_verifies_every_result_and_the_killed_workers_jobs(directory: Path) -> None:
     with demo(directory) as process:
         output, _ = process.communicate(timeout=120)
@@ -424,6 +447,7 @@ def test_the_demo_verifies_every_result_and_the_killed_workers_jobs(directory: P
     assert not leftovers(directory)
 
 
+@pytest.mark.slow
 def test_the_demo_leaves_nothing_behind_when_interrupted(directory: Path) -> None:
     with demo(directory) as process:
         assert process.stdout

@@ -1,0 +1,135 @@
+"""How often a verb talks to the database: the number of statements is what a verb costs under load."""
+
+import pytest
+from uuid_utils.compat import uuid7
+
+from app.queue.model import JobDefaults, JobRequest, NewJob, Verb
+from app.queue.policy import decide_expiry, decide_release, resolve
+from app.store.jobs import Ack
+from tests.conftest import Replica, World
+from tests.store.conftest import idle_replica, logged
+
+TRANSACTION = ["BEGIN;", "lock_leases", "conclude", "COMMIT;"]
+
+
+@pytest.fixture
+async def queue(world: World) -> Replica:
+    """A replica with one connection for the verbs, whose statements can be told apart from nobody else's."""
+    return await idle_replica(world, db_pool_size=1)
+
+
+def new_jobs(count: int) -> list[NewJob]:
+    return [resolve(JobRequest(queue="q"), JobDefaults(), uuid7()) for _ in range(count)]
+
+
+async def test_an_enqueue_is_one_statement_that_commits_itself(queue: Replica):
+    async with logged(queue) as statements:
+        await queue.enqueue()
+    assert statements == ["enqueue"]
+
+
+@pytest.mark.parametrize("types", [None, ["default"]])
+async def test_a_lease_is_one_statement_that_commits_itself(queue: Replica, types: list[str] | None):
+    await queue.enqueue()
+    async with logged(queue) as statements:
+        await queue.lease_one(types=types)
+    assert statements == ["lease"]
+
+
+async def test_a_lease_that_finds_nothing_is_one_statement(queue: Replica):
+    async with logged(queue) as statements:
+        assert await queue.lease("q", "other", max_jobs=10) == []
+    assert statements == ["lease"]
+
+
+@pytest.mark.parametrize("verb", ["heartbeat", "ack"])
+async def test_heartbeat_and_ack_are_one_statement_that_commits_itself(queue: Replica, verb: str):
+    await queue.enqueue()
+    leased = await queue.lease_one()
+    async with logged(queue) as statements:
+        assert (await queue.verb(verb, leased)).status_code == 200
+    assert statements == [verb]
+
+
+@pytest.mark.parametrize(("verb", "fields"), [("fail", {"error": {"message": "boom"}}), ("release", {})])
+async def test_fail_and_release_are_one_transaction_of_two_statements(
+    queue: Replica, verb: str, fields: dict[str, object]
+):
+    await queue.enqueue()
+    leased = await queue.lease_one()
+    async with logged(queue) as statements:
+        assert (await queue.verb(verb, leased, **fields)).status_code == 200
+    assert statements == TRANSACTION
+
+
+@pytest.mark.parametrize("verb", ["cancel", "retry"])
+async def test_cancel_and_retry_are_one_statement_that_commits_itself(queue: Replica, verb: str):
+    job = await queue.enqueue()
+    if verb == "retry":
+        await queue.fail(await queue.lease_one(), retry=False)
+    async with logged(queue) as statements:
+        assert (await queue.http.post(f"/jobs/{job['id']}/{verb}")).status_code == 200
+    assert statements == [verb]
+
+
+async def test_a_hundred_jobs_are_enqueued_leased_and_acked_with_a_statement_each(queue: Replica):
+    jobs = queue.machine.jobs
+    async with logged(queue) as statements:
+        await jobs.enqueue(new_jobs(100))
+        claim = await jobs.lease(["q"], None, 100, None, None)
+        acked = await jobs.ack([Ack(job.id, job.lease_id, None) for job in claim.jobs])
+    assert len(acked) == 100
+    assert statements == ["enqueue", "lease", "ack"]
+
+
+async def test_a_hundred_leases_end_in_one_transaction(queue: Replica):
+    jobs = queue.machine.jobs
+    await jobs.enqueue(new_jobs(100))
+    leases = {job.id: job.lease_id for job in (await jobs.lease(["q"], None, 100, None, None)).jobs}
+    async with logged(queue) as statements:
+        ended = await jobs.conclude(leases, Verb.RELEASE, lambda lease, now: decide_release(lease, 0, now))
+    assert len(ended) == 100
+    assert statements == TRANSACTION
+
+
+async def test_a_hundred_leases_are_reaped_in_one_transaction(queue: Replica):
+    jobs = queue.machine.jobs
+    await jobs.enqueue(new_jobs(100))
+    await jobs.lease(["q"], None, 100, None, None)
+    queue.clock.move(60)
+    async with logged(queue) as statements:
+        reaped = await jobs.reap(100, lambda lease, now: decide_expiry(lease, now, 0.5))
+    assert len(reaped) == 100
+    assert statements == ["BEGIN;", "lock_expired", "conclude", "COMMIT;"]
+
+
+async def test_a_round_of_reaping_with_nothing_to_reap_writes_no_verdict(queue: Replica):
+    async with logged(queue) as statements:
+        assert await queue.machine.service.maintenance.reap() == 0
+    assert statements == ["survive_outage", "BEGIN;", "lock_expired", "COMMIT;"]
+
+
+async def test_a_hundred_jobs_are_promoted_with_one_statement(queue: Replica):
+    jobs = queue.machine.jobs
+    await jobs.enqueue(
+        [resolve(JobRequest(queue="q", delay_seconds=5), JobDefaults(), uuid7()) for _ in range(100)]
+    )
+    queue.clock.move(60)
+    async with logged(queue) as statements:
+        assert await queue.machine.service.maintenance.promote() == 100
+    assert statements == ["promote"]
+
+
+async def test_a_waiting_lease_asks_nothing_while_it_waits(queue: Replica):
+    async with logged(queue) as statements:
+        assert await queue.lease(wait_seconds=0.2) == []
+    assert statements == ["lease"]
+
+
+async def test_a_lost_lease_costs_no_transaction(queue: Replica):
+    await queue.enqueue()
+    leased = await queue.lease_one()
+    await queue.verb("ack", leased)
+    async with logged(queue) as statements:
+        assert (await queue.verb("heartbeat", leased)).status_code == 409
+    assert statements == ["heartbeat"]
