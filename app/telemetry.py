@@ -106,6 +106,7 @@ class Metrics:
             "leaseq_maintenance_lag_seconds", "Since any process last looked for expired leases"
         )
         self._database_up = self._gauge("leaseq_database_up", "1 when the database answered this scrape")
+        self._maintained_at: float | None = None
         self._gauges_read_at = float("-inf")
 
     def on(self, event: QueueEvent) -> None:  # one short case an event; a table would hide the types
@@ -139,6 +140,9 @@ class Metrics:
 
     def show_process(self, *, waiters: int, listening: bool, pool_size: int, pool_idle: int) -> None:
         """Set the gauges that this process knows by itself."""
+        if self._maintained_at is not None:
+            # Goes on growing while the database is away.
+            self._lag.set(time.monotonic() - self._maintained_at)
         self._waiters.set(waiters)
         self._listening.set(listening)
         self._pool.labels("idle").set(pool_idle)
@@ -164,7 +168,7 @@ class Metrics:
         for label, seconds in oldest.items():
             self._oldest.labels(label).set(seconds)
         if maintenance_seconds_ago is not None:
-            self._lag.set(maintenance_seconds_ago)
+            self._maintained_at = time.monotonic() - maintenance_seconds_ago
 
     def _ended(self, event: AttemptEnded) -> None:
         queue = self._queue(event.queue)

@@ -55,9 +55,7 @@ async def served(directory: Path, database_url: str, **variables: str) -> AsyncI
             sys.executable,
             *("-m", "app", "serve"),
             cwd=directory,
-            env=environment(
-                DATABASE_URL=database_url, QUEUE_PORT="0", QUEUE_MIGRATE="false", **variables
-            ),
+            env=environment(DATABASE_URL=database_url, QUEUE_PORT="0", QUEUE_MIGRATE="false", **variables),
             stdout=asyncio.subprocess.PIPE,
             stderr=stderr,
         )

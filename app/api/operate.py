@@ -209,6 +209,8 @@ def router(service: Service, metrics: Metrics) -> APIRouter:  # noqa: C901  # a 
 
 
 async def _read_gauges(service: Service, metrics: Metrics) -> None:
+    if metrics.gauges_due():
+        await _read_database_gauges(service, metrics)
     size, idle = service.pool_usage()
     metrics.show_process(
         waiters=service.wakeups.waiters,
@@ -216,8 +218,9 @@ async def _read_gauges(service: Service, metrics: Metrics) -> None:
         pool_size=size,
         pool_idle=idle,
     )
-    if not metrics.gauges_due():
-        return
+
+
+async def _read_database_gauges(service: Service, metrics: Metrics) -> None:
     try:
         counts = await service.counts()
         metrics.show_database(

@@ -15,7 +15,11 @@ TRANSACTION = ["BEGIN;", "lock_leases", "conclude", "COMMIT;"]
 @pytest.fixture
 async def queue(world: World) -> Replica:
     """A replica with one connection for the verbs, whose statements can be told apart from nobody else's."""
-    return await idle_replica(world, db_pool_size=1)
+    queue = await idle_replica(world, db_pool_size=1)
+    # At its first use a new connection asks what the types of the parameters are.
+    await queue.enqueue("first")
+    await queue.verb("ack", await queue.lease_one("first"))
+    return queue
 
 
 def new_jobs(count: int) -> list[NewJob]:

@@ -249,9 +249,9 @@ async def _listening(connection: "asyncpg.Connection[asyncpg.Record]") -> set[in
 
 
 async def _locked(world: World) -> "asyncpg.Connection[asyncpg.Record]":
-    """Keep the leases from whoever would end one, until the connection that is returned commits."""
+    """Keep the present leases from whoever would end one, until the connection that is returned commits."""
     connection = await world.connect()
-    await connection.execute("BEGIN; LOCK TABLE leases IN SHARE MODE")
+    await connection.execute("BEGIN; SELECT FROM leases FOR UPDATE")
     return connection
 
 

@@ -1,0 +1,427 @@
+"""The plans of the hot statements, whatever the planner believes: index look-ups, as many as the batch is large."""
+
+import asyncio
+import hashlib
+import json
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+from uuid import UUID, uuid4
+
+import asyncpg
+import pytest
+from uuid_utils.compat import uuid7
+
+from app.store.database import HOT_SETTINGS, Database, statement
+from app.store.jobs import CLAIM_SLACK, Jobs, Line
+from tests.conftest import TEMPLATE, _recreate, with_database
+
+BATCH = 10
+LEASES = 1000
+HOT_TABLES = {"ready", "jobs", "leases", "scheduled", "notes", "dead", "deltas"}
+
+SEED = """
+INSERT INTO jobs (id, created_at, queue, type, priority, run_at, lease_seconds, max_retries, backoff, budget_start, tags,
+                  metadata, payload)
+SELECT md5('{place}' || n)::uuid, now(), 'q', 'default', 5, now(), 30, 3,
+       '{{"strategy": "fixed", "initial_seconds": 1, "factor": 2, "max_seconds": 9, "jitter": "none"}}', 0, '[]', '{{}}',
+       'null'
+  FROM generate_series(1, $1::int) AS n"""
+PLACES = {
+    "ready": """
+        INSERT INTO ready (id, queue, type, priority, attempt, noted, since)
+        SELECT md5('ready' || n)::uuid, 'q', 'default', 5, 0, false, now() - interval '1 day' + n * interval '1 ms'
+          FROM generate_series(1, $1::int) AS n""",
+    "scheduled": """
+        INSERT INTO scheduled (id, queue, type, priority, attempt, noted, run_at, is_retry)
+        SELECT md5('scheduled' || n)::uuid, 'q', 'default', 5, 0, false, now() - interval '1 s' * (100 - n), false
+          FROM generate_series(1, $1::int) AS n""",
+    "leases": """
+        INSERT INTO leases (id, queue, type, priority, attempt, noted, lease_id, since, leased_at, expires_at,
+                            lease_seconds, cancel_requested)
+        SELECT md5('leases' || n)::uuid, 'q', 'default', 5, 1, false, md5('lease' || n)::uuid, now(), now(),
+               now() - interval '1 s' * (100 - n), 30, false
+          FROM generate_series(1, $1::int) AS n""",
+}
+
+
+@dataclass(frozen=True)
+class Seeded:
+    """A database in a certain condition, to look at and leave as it is."""
+
+    url: str
+    ready: int
+
+    async def explain(self, name: str, *values: object) -> "Plan":
+        """Run the statement `sql/<name>.sql` as the verbs do, and take everything back."""
+        return await self.explain_text(statement(name, "leaseq"), *values)
+
+    async def explain_text(self, text: str, *values: object) -> "Plan":
+        """Run a statement as the verbs do, with its one generic plan, and take everything back."""
+        connection = await asyncpg.connect(self.url, server_settings=HOT_SETTINGS)
+        try:
+            transaction = connection.transaction()
+            await transaction.start()
+            await connection.execute(f"PREPARE hot AS {text}")
+            found = await connection.fetchval(
+                "EXPLAIN (ANALYZE, BUFFERS, TIMING OFF, FORMAT JSON)"
+                f" EXECUTE hot ({', '.join(map(literal, values))})"
+            )
+            await transaction.rollback()
+        finally:
+            await connection.close()
+        return Plan(json.loads(found)[0]["Plan"])
+
+
+class Plan:
+    """What EXPLAIN ANALYZE said."""
+
+    def __init__(self, root: dict[str, Any]) -> None:
+        self.root = root
+        self.nodes = list(_nodes(root))
+
+    @property
+    def buffers(self) -> int:
+        hit: int = self.root["Shared Hit Blocks"]
+        read: int = self.root["Shared Read Blocks"]
+        return hit + read
+
+    @property
+    def rows(self) -> int:
+        rows: float = self.root["Actual Rows"]
+        return round(rows)
+
+    def scans(self) -> list[tuple[str, str, int]]:
+        """Return the scans of tables: the kind, the table, and how many rows were read in all."""
+        return [
+            (
+                node["Node Type"],
+                node["Relation Name"],
+                round((node["Actual Rows"] + node.get("Rows Removed by Filter", 0)) * node["Actual Loops"]),
+            )
+            for node in self.nodes
+            if "Relation Name" in node and "Scan" in node["Node Type"]
+        ]
+
+    def assert_reads_only_what_it_takes(self, rows_max: int) -> None:
+        scans = self.scans()
+        assert scans
+        for kind, table, rows in scans:
+            assert kind in {"Index Scan", "Index Only Scan", "Tid Scan"}, (kind, table)
+            assert rows <= rows_max, (kind, table, rows)
+        for node in self.nodes:
+            # A sort or a hash over a table would show as a large one.
+            assert node["Actual Rows"] <= max(rows_max, 1), node["Node Type"]
+
+
+def _nodes(node: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    yield node
+    for child in node.get("Plans", ()):
+        yield from _nodes(child)
+
+
+def literal(value: object) -> str:
+    """Write a value as SQL: EXECUTE takes no parameters."""
+    match value:
+        case None:
+            return "NULL"
+        case bool() | int() | float():
+            return str(value)
+        case bytes():
+            return f"'\\x{value.hex()}'"
+        case list():
+            return "'{" + ",".join(map(_element, value)) + "}'"
+        case _:
+            return f"'{value}'"
+
+
+def _element(value: object) -> str:
+    if value is None:
+        return "NULL"
+    text = f"\\x{value.hex()}" if isinstance(value, bytes) else str(value)
+    escaped = text.replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{escaped}"'
+
+
+def make(cluster_url: str, name: str, *, ready: int, scheduled: int, steps: Sequence[str]) -> Seeded:
+    """Clone the template and take `steps`: fill, forget (delete all), vacuum (statistics of what is there)."""
+    url = with_database(cluster_url, name)
+
+    async def work() -> None:
+        await _recreate(cluster_url, name, TEMPLATE)
+        connection = await asyncpg.connect(
+            url, server_settings={"search_path": "leaseq"}, command_timeout=100
+        )
+        try:
+            for table in HOT_TABLES:
+                await connection.execute(f"ALTER TABLE {table} SET (autovacuum_enabled = off)")
+            for step in steps:
+                if step == "fill":
+                    for place, count in (("ready", ready), ("scheduled", scheduled), ("leases", LEASES)):
+                        await connection.execute(SEED.format(place=place), count)
+                        await connection.execute(PLACES[place], count)
+                elif step == "forget":
+                    for table in ("jobs", *PLACES):
+                        await connection.execute(f"DELETE FROM {table}")
+                else:
+                    await connection.execute("VACUUM (ANALYZE)")
+        finally:
+            await connection.close()
+
+    asyncio.run(work())
+    return Seeded(url, ready)
+
+
+async def drop(cluster_url: str, name: str) -> None:
+    connection = await asyncpg.connect(cluster_url)
+    try:
+        await connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
+    finally:
+        await connection.close()
+
+
+CONDITIONS: dict[str, dict[str, Any]] = {
+    "empty_never_analysed": {"ready": 0, "scheduled": 0, "steps": ()},
+    "small_never_analysed": {"ready": 1000, "scheduled": 1000, "steps": ("fill",)},
+    "filled_after_a_vacuum_of_nothing": {
+        "ready": 20_000,
+        "scheduled": 20_000,
+        "steps": ("fill", "forget", "vacuum", "fill"),
+    },
+    "large_never_analysed": {"ready": 100_000, "scheduled": 100_000, "steps": ("fill",)},
+    "large": {"ready": 100_000, "scheduled": 100_000, "steps": ("fill", "vacuum")},
+}
+
+
+@pytest.fixture(scope="module")
+def databases(cluster_url: str, template_url: str) -> Iterator[dict[str, Seeded]]:
+    """The databases that are looked at here, each made when it is first wanted."""
+    assert template_url
+    made = _Databases(cluster_url)
+    yield made
+    for condition in made:
+        asyncio.run(drop(cluster_url, f"leaseq_plans_{condition}"))
+
+
+class _Databases(dict[str, Seeded]):
+    def __init__(self, cluster_url: str) -> None:
+        super().__init__()
+        self._cluster_url = cluster_url
+
+    def __missing__(self, condition: str) -> Seeded:
+        self[condition] = make(self._cluster_url, f"leaseq_plans_{condition}", **CONDITIONS[condition])
+        return self[condition]
+
+
+@pytest.fixture(params=CONDITIONS)
+def seeded(request: pytest.FixtureRequest, databases: dict[str, Seeded]) -> Seeded:
+    return databases[request.param]
+
+
+async def asked(seeded: Seeded, work: Callable[[Jobs], Awaitable[object]]) -> list[Any]:
+    """Return the text and the values of the statement that a verb runs, by having it run once."""
+    records: list[Any] = []
+    database = Database(seeded.url, schema="leaseq", pool_size=1)
+    await database.start()
+    try:
+        async with database.hot.acquire() as connection:
+            connection.add_query_logger(records.append)
+        await work(Jobs(database))
+        await asyncio.sleep(0)
+    finally:
+        await database.close()
+    [record] = [record for record in records if "leaseq" in record.query]
+    return [record.query, *record.args]
+
+
+async def claim(
+    databases: dict[str, Seeded],
+    queues: Sequence[str],
+    max_jobs: int = BATCH,
+    types: Sequence[str] | None = None,
+) -> list[Any]:
+    """Return what a lease asks; it is asked where there is nothing to take."""
+    empty = databases["empty_never_analysed"]
+    return await asked(empty, lambda jobs: jobs.lease(queues, types, max_jobs, None, "w"))
+
+
+def seeds(place: str, count: int = BATCH) -> list[UUID]:
+    return [
+        UUID(hex=hashlib.md5(f"{place}{n}".encode(), usedforsecurity=False).hexdigest())
+        for n in range(1, count + 1)
+    ]
+
+
+def tokens(count: int = BATCH) -> list[UUID]:
+    return [
+        UUID(hex=hashlib.md5(f"lease{n}".encode(), usedforsecurity=False).hexdigest())
+        for n in range(1, count + 1)
+    ]
+
+
+class TestLease:
+    @pytest.mark.parametrize("types", [None, ["default", "other"]], ids=["any_type", "types"])
+    @pytest.mark.parametrize("queues", [["q"], ["a", "b", "q", "z"]], ids=["queue", "queues"])
+    async def test_reads_the_heads_of_its_lines(
+        self, databases: dict[str, Seeded], seeded: Seeded, queues: list[str], types: list[str] | None
+    ):
+        plan = await seeded.explain_text(*await claim(databases, queues, types=types))
+        plan.assert_reads_only_what_it_takes(BATCH + CLAIM_SLACK)
+        assert plan.rows == (BATCH if seeded.ready else 1)
+
+    @pytest.mark.parametrize("types", [None, ["default"]], ids=["any_type", "types"])
+    @pytest.mark.parametrize("queue", ["q", "without_jobs"])
+    async def test_costs_the_same_at_100_000_ready_jobs_as_at_1_000(
+        self, databases: dict[str, Seeded], queue: str, types: list[str] | None
+    ):
+        lease = await claim(databases, [queue], 1, types)
+        few = await databases["small_never_analysed"].explain_text(*lease)
+        for condition in ("large", "large_never_analysed"):
+            many = await databases[condition].explain_text(*lease)
+            assert many.buffers <= 1.5 * few.buffers
+
+    async def test_finds_a_rare_type_behind_100_000_others_as_fast_as_the_common_one(
+        self, databases: dict[str, Seeded]
+    ):
+        connection = await asyncpg.connect(databases["large"].url, server_settings={"search_path": "leaseq"})
+        try:
+            await connection.execute(
+                "UPDATE ready SET type = 'rare', since = now() + interval '1 hour' WHERE id = $1",
+                seeds("ready")[-1],
+            )
+        finally:
+            await connection.close()
+        rare, common = [
+            await databases["large"].explain_text(*await claim(databases, ["q"], 1, [type_]))
+            for type_ in ("rare", "default")
+        ]
+        rare.assert_reads_only_what_it_takes(1 + CLAIM_SLACK)
+        assert any(scan[1:] == ("ready", 1) for scan in rare.scans())
+        assert rare.buffers <= 1.5 * common.buffers
+
+
+class TestSettling:
+    async def test_an_ack_looks_its_jobs_up(self, seeded: Seeded):
+        plan = await seeded.explain("ack", None, seeds("leases"), tokens(), [b"1"] * BATCH)
+        plan.assert_reads_only_what_it_takes(BATCH)
+        assert plan.rows == (BATCH if seeded.ready else 0)
+
+    async def test_a_heartbeat_looks_its_lease_up(self, seeded: Seeded):
+        plan = await seeded.explain("heartbeat", None, seeds("leases", 1), tokens(1), [None])
+        plan.assert_reads_only_what_it_takes(1)
+        assert plan.rows == (1 if seeded.ready else 0)
+
+    async def test_fail_and_release_look_their_jobs_up(self, seeded: Seeded):
+        plan = await seeded.explain("lock_leases", None, seeds("leases"), tokens())
+        plan.assert_reads_only_what_it_takes(BATCH)
+        assert plan.rows == (BATCH if seeded.ready else 0)
+
+    @pytest.mark.parametrize("state", ["ready", "retry", "failed"])
+    async def test_verdicts_are_written_by_look_ups(self, seeded: Seeded, state: str):
+        def each(value: object) -> list[object]:
+            return [value] * BATCH
+
+        due_at = datetime.now(UTC) if state == "retry" else None
+        plan = await seeded.explain(
+            "conclude",
+            None,
+            seeds("leases"),
+            each(state),
+            each(1),
+            each(due_at),
+            each("because"),
+            each(b"{}"),
+            each(None),
+            each("failed"),
+            each("fail"),
+        )
+        plan.assert_reads_only_what_it_takes(BATCH)
+
+    async def test_a_repeated_verb_looks_its_attempt_up(self, seeded: Seeded):
+        plan = await seeded.explain("recorded", seeds("leases", 1)[0], tokens(1)[0], datetime.now(UTC))
+        plan.assert_reads_only_what_it_takes(1)
+
+
+class TestOperating:
+    @pytest.mark.parametrize("place", PLACES)
+    async def test_a_cancel_looks_its_job_up(self, seeded: Seeded, place: str):
+        plan = await seeded.explain("cancel", None, seeds(place, 1)[0])
+        plan.assert_reads_only_what_it_takes(1)
+        assert plan.rows == (1 if seeded.ready else 0)
+
+    async def test_retry_and_delete_look_their_job_up(self, seeded: Seeded):
+        (await seeded.explain("retry", None, uuid4())).assert_reads_only_what_it_takes(0)
+        plan = await seeded.explain("delete", uuid4(), datetime.now(UTC))
+        plan.assert_reads_only_what_it_takes(0)
+
+
+class TestMaintaining:
+    async def test_a_promotion_reads_what_is_due(self, seeded: Seeded):
+        plan = await seeded.explain("promote", None, BATCH)
+        plan.assert_reads_only_what_it_takes(BATCH)
+
+    async def test_a_promotion_costs_the_same_at_100_000_scheduled_jobs_as_at_1_000(
+        self, databases: dict[str, Seeded]
+    ):
+        few = await databases["small_never_analysed"].explain("promote", None, BATCH)
+        many = await databases["large"].explain("promote", None, BATCH)
+        assert many.buffers <= 1.5 * few.buffers
+
+    async def test_the_reaper_reads_what_has_expired(self, seeded: Seeded):
+        plan = await seeded.explain("lock_expired", None, BATCH)
+        plan.assert_reads_only_what_it_takes(BATCH)
+        assert plan.rows == (BATCH if seeded.ready else 0)
+
+    async def test_the_reaper_reads_no_lease_that_still_stands(self, seeded: Seeded):
+        plan = await seeded.explain("lock_expired", datetime(2020, 1, 1, tzinfo=UTC), BATCH)
+        plan.assert_reads_only_what_it_takes(0)
+
+    @pytest.mark.parametrize("types", [[None], ["default", "none"]], ids=["any_type", "types"])
+    async def test_the_poll_counts_no_further_than_the_leases_that_wait(
+        self, databases: dict[str, Seeded], seeded: Seeded, types: list[str | None]
+    ):
+        waiters = {Line("q", type_): 3 for type_ in types}
+        poll = await asked(databases["empty_never_analysed"], lambda jobs: jobs.ready_at(waiters))
+        plan = await seeded.explain_text(*poll)
+        plan.assert_reads_only_what_it_takes(3)
+        assert plan.rows == (1 if seeded.ready else 0)
+
+
+async def test_an_enqueue_reads_no_table(seeded: Seeded):
+    def each(value: object) -> list[object]:
+        return [value] * BATCH
+
+    plan = await seeded.explain(
+        "enqueue",
+        None,
+        [uuid7() for _ in range(BATCH)],
+        each("q"),
+        each("default"),
+        each(5),
+        each(None),
+        each(None),
+        each(30),
+        each(None),
+        each(3),
+        each("{}"),
+        each(None),
+        each("[]"),
+        each(b"{}"),
+        each(b"null"),
+    )
+    assert plan.scans() == []
+    assert plan.rows == BATCH
+
+
+async def test_these_tests_would_see_a_scan(databases: dict[str, Seeded]):
+    """The statement of a naive queue, under the settings that PostgreSQL comes with."""
+    connection = await asyncpg.connect(databases["large"].url)
+    try:
+        found = await connection.fetchval(
+            "EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) SELECT id FROM leaseq.ready ORDER BY attempt, id LIMIT 1"
+        )
+    finally:
+        await connection.close()
+    with pytest.raises(AssertionError):
+        Plan(json.loads(found)[0]["Plan"]).assert_reads_only_what_it_takes(BATCH)
