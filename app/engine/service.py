@@ -164,6 +164,9 @@ class Service:
             while not gone.done():
                 waiter.listen()
                 leased = await self._claim(wanted, gone)
+                if gone.done():
+                    break
+                waiter.looked(Line(job.queue, job.type) for job in leased)
                 if leased or self._draining or not await waiter.called(until):
                     return leased
         return []

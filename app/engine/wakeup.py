@@ -51,13 +51,25 @@ class Waiter:
         self.lines = lines
         self.arrival = arrival
         self.called_for: Line | None = None
+        self._heeded: Line | None = None
         self._answer: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
 
     def listen(self) -> None:
         """Be ready for the next call. Call this before looking: what becomes ready from now on will call."""
         if self._answer.done():
             self._answer = asyncio.get_running_loop().create_future()
-        self.called_for = None
+        self._heeded, self.called_for = self.called_for, None
+
+    def looked(self, taken: Iterable[Line]) -> None:
+        """Note what a look brought: the call before it was used, unless it brought only jobs of other lines."""
+        taken = set(taken)
+        if not taken or self._heeded in taken | {Line(line.queue) for line in taken}:
+            self._heeded = None
+
+    @property
+    def unused(self) -> list[Line]:
+        """The calls that somebody else should have."""
+        return [line for line in (self._heeded, self.called_for) if line is not None]
 
     async def called(self, until: float) -> bool:
         """Wait for a call until the loop's time `until`. False when the time is up or the lease was sent away."""
@@ -156,8 +168,8 @@ class Wakeups(Component):
             yield waiter
         finally:
             self._room.leave(waiter)
-            if waiter.called_for is not None:
-                self.announce({waiter.called_for: 1})
+            for line in waiter.unused:
+                self.announce({line: 1})
 
     @property
     def waiters(self) -> int:

@@ -45,6 +45,10 @@ def cross(console: Console, text: str) -> None:
     console.print(f"  [red]✗[/] {text}", soft_wrap=True)
 
 
+# Chosen so that the table fits into 80 columns, also where a language is left out.
+BAR_WIDTH = 14
+
+
 class _Rate(ProgressColumn):
     def render(self, task: Task) -> Text:
         return Text(f"{task.finished_speed or task.speed or 0:,.0f} jobs/s", style="cyan")
@@ -117,7 +121,7 @@ def results_table(
 ) -> Table:
     """Show how many jobs the workers of each language completed, of those that took ``seconds`` in all."""
     total = sum(completed.values())
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 2))
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
     for title in ("Language", "Workers", "Jobs", "Share", "", "Jobs/s"):
         table.add_column(title, justify="right" if title in {"Jobs", "", "Jobs/s"} else "left", no_wrap=True)
     for row in rows:
@@ -126,7 +130,7 @@ def results_table(
         else:
             jobs = completed.get(row.name, 0)
             share = jobs / max(total, 1)
-            bar = ProgressBar(total=1, completed=share, width=20, complete_style="cyan")
+            bar = ProgressBar(total=1, completed=share, width=BAR_WIDTH, complete_style="cyan")
             table.add_row(row.title, row.workers, f"{jobs:,}", bar, f"{share:.0%}", f"{jobs / seconds:,.0f}")
     table.add_section()
     table.add_row("[bold]Completed", "", f"[bold]{total:,}", "", "", f"[bold]{total / seconds:,.0f}")
@@ -146,7 +150,7 @@ class DeadLetter:
 
 def dead_letters_table(letters: Iterable[DeadLetter]) -> Table:
     """Show the dead letters, and who tried each in vain."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 2))
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
     for title in ("Dead letter", "Error", "Tried by"):
         table.add_column(title)
     for letter in letters:

@@ -125,7 +125,7 @@ async def test_only_the_named_types_are_leased(queue: Replica):
         await queue.enqueue(queue_name, type=type_, payload=f"{queue_name}{type_}")
     assert await queue.lease("q1", "q2", types=["none"], max_jobs=9) == []
     assert payloads(await queue.lease("q1", "q2", types=["z", "y", "y"], max_jobs=9)) == ["q1y", "q2z", "q2y"]
-    assert payloads(await queue.lease("q1", "q2", max_jobs=9)) == ["q1x"]
+    assert payloads(await queue.lease("q1", "q2", "q1", max_jobs=9)) == ["q1x"]
 
 
 async def test_at_most_max_jobs_are_leased_and_one_by_default(queue: Replica):

@@ -33,7 +33,7 @@ async def until_asleep(queue: Replica, count: int) -> None:
 async def waiting(queue: Replica, *queues: str, **fields: Any) -> Reply:
     """Begin a lease, and return when it sleeps."""
     before = asleep(queue)
-    reply = asyncio.create_task(queue.lease(*queues, wait_seconds=30, **fields))
+    reply = asyncio.create_task(queue.lease(*queues, wait_seconds=25, **fields))
     await until_asleep(queue, before + 1)
     return reply
 
@@ -227,6 +227,22 @@ async def test_the_call_of_a_client_that_vanishes_during_the_claim_goes_to_the_n
         await vanish_seen_by_the_server(queue, oldest)
     assert [job["attempt"] for job in await next_one] == [1]
     assert len(queue.events.of(JobLeased)) == 1
+
+
+@pytest.mark.parametrize("vanishes", [False, True])
+async def test_the_call_of_a_lease_that_took_another_job_goes_to_the_next_in_line(
+    queue: Replica, world: World, vanishes: bool
+):
+    both, one = await waiting(queue, "q1", "q2"), await waiting(queue, "q1")
+    async with no_claim_ends(world, queue):
+        await queue.enqueue("q1")
+        await world.blocked()
+        await queue.enqueue("q2", priority="fast")
+        if vanishes:
+            await vanish_seen_by_the_server(queue, both)
+    if not vanishes:
+        assert [job["queue"] for job in await both] == ["q2"]
+    assert [job["queue"] for job in await one] == ["q1"]
 
 
 async def test_more_waiting_leases_than_the_setting_allows_are_told_to_come_back(world: World):

@@ -18,7 +18,7 @@ from app.queue.errors import UnavailableError
 from app.settings import Settings
 from app.store import database as database_module
 from app.store.database import Database
-from app.store.migrate import downgrade, is_migrated, upgrade
+from app.store.migrate import MigrationError, downgrade, is_migrated, upgrade
 from app.store.schema import metadata
 from tests.conftest import Replica, World
 from tests.store.conftest import holding
@@ -127,7 +127,7 @@ async def test_a_downgrade_with_a_living_job_refuses_with_a_sentence_and_changes
     connection = await world.connect()
     before = await catalog(connection, "leaseq")
     async with database(world.database_url, "leaseq") as migrated:
-        with pytest.raises(RuntimeError, match="There are unfinished jobs: finish or cancel them"):
+        with pytest.raises(MigrationError, match="There are unfinished jobs: finish or cancel them"):
             await downgrade(migrated, "base")
         assert await is_migrated(migrated)
     assert await catalog(connection, "leaseq") == before
@@ -201,7 +201,7 @@ async def test_a_migration_that_waits_for_another_is_not_cut_off_like_a_verb(
             migrating = asyncio.create_task(upgrade(fresh))
             await world.blocked(1)
             await connection.execute("SELECT pg_sleep(0.5)")
-            assert not migrating.done(), await migrating
+            assert not migrating.done(), migrating.exception()
         await migrating
         assert await is_migrated(fresh)
 
@@ -226,7 +226,6 @@ NAMES = [
     "dotted.name",
     "back\\slash",
     "$$",
-    "[bracket]",
     "select",
     "x" * 48,
 ]
@@ -262,10 +261,10 @@ async def test_two_schemas_in_one_database_know_nothing_of_each_other(world: Wor
     assert (await other.stats())["waiting"] == 1
 
 
-@pytest.mark.parametrize("name", ["ü" * 40, "名" * 20])
-async def test_a_schema_name_that_postgresql_would_cut_off_is_refused(name: str):
-    """It knows 63 bytes of a name; the channel of the hints carries ours with a prefix."""
-    with pytest.raises(ValueError, match="bytes"):
+@pytest.mark.parametrize("name", ["ü" * 40, "名" * 20, "x" * 57, "[bracket]", 'quo"te', "{brace}", ""])
+async def test_a_schema_name_that_would_not_work_is_refused(name: str):
+    """PostgreSQL cuts names off at 63 bytes, and the channel of the hints carries ours behind a prefix of 7."""
+    with pytest.raises(ValueError, match="schema_name"):
         Settings(_env_file=None, database_url="postgresql://", schema_name=name)
 
 
@@ -286,7 +285,7 @@ async def test_a_schema_that_somebody_else_made_without_our_tables_is_not_migrat
 
 
 @pytest.mark.parametrize("migrate", [False, True])
-async def test_an_older_replica_starts_on_a_newer_schema(world: World, migrate: bool):  # noqa: FBT001
+async def test_an_older_replica_starts_on_a_newer_schema(world: World, migrate: bool):
     """A replica that restarts in the middle of a rolling update meets the migrations of the next version."""
     connection = await world.connect()
     await connection.execute("UPDATE alembic_version SET version_num = '9999'")
@@ -297,7 +296,7 @@ async def test_an_older_replica_starts_on_a_newer_schema(world: World, migrate: 
 
 async def test_a_role_that_owns_the_schema_needs_no_right_to_make_schemas(world: World):
     connection = await world.connect()
-    role = "leaseq_narrow"
+    role = f"leaseq_narrow_{os.getpid()}"
     await connection.execute(f"DROP ROLE IF EXISTS {role}")
     await connection.execute(f"CREATE ROLE {role} LOGIN PASSWORD 'narrow'")
     try:
@@ -319,7 +318,8 @@ async def test_a_role_that_owns_the_schema_needs_no_right_to_make_schemas(world:
     finally:
         fresh = await asyncpg.connect(world.database_url, server_settings={"role": "none"})
         try:
-            await fresh.execute("RESET role")
+            name = await fresh.fetchval("SELECT current_database()")
+            await fresh.execute(f"ALTER ROLE CURRENT_USER IN DATABASE {name} RESET role")
             await fresh.execute(f"DROP OWNED BY {role} CASCADE")
             await fresh.execute(f"DROP ROLE {role}")
         finally:

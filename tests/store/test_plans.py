@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import json
+import os
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -173,6 +174,10 @@ def make(cluster_url: str, name: str, *, ready: int, scheduled: int, steps: Sequ
     return Seeded(url, ready)
 
 
+def database_name(condition: str) -> str:
+    return f"leaseq_plans_{condition}_{os.getpid()}"
+
+
 async def drop(cluster_url: str, name: str) -> None:
     connection = await asyncpg.connect(cluster_url)
     try:
@@ -201,7 +206,7 @@ def databases(cluster_url: str, template_url: str) -> Iterator[dict[str, Seeded]
     made = _Databases(cluster_url)
     yield made
     for condition in made:
-        asyncio.run(drop(cluster_url, f"leaseq_plans_{condition}"))
+        asyncio.run(drop(cluster_url, database_name(condition)))
 
 
 class _Databases(dict[str, Seeded]):
@@ -210,7 +215,7 @@ class _Databases(dict[str, Seeded]):
         self._cluster_url = cluster_url
 
     def __missing__(self, condition: str) -> Seeded:
-        self[condition] = make(self._cluster_url, f"leaseq_plans_{condition}", **CONDITIONS[condition])
+        self[condition] = make(self._cluster_url, database_name(condition), **CONDITIONS[condition])
         return self[condition]
 
 

@@ -173,7 +173,9 @@ class Processes:
 
     async def serve(self, **variables: object) -> Service:
         """Start a service on a free port, ready to be used."""
-        service = Service(("serve",), self._logs, {"QUEUE_PORT": 0, "QUEUE_LOG_LEVEL": "warning", **variables})
+        service = Service(
+            ("serve",), self._logs, {"QUEUE_PORT": 0, "QUEUE_LOG_LEVEL": "warning", **variables}
+        )
         self._started.append(service)
         await service.starts()
         return service

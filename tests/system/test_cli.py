@@ -141,9 +141,7 @@ async def test_password_that_is_wrong_is_told_in_one_sentence(cluster_url: str, 
     assert "sesame" not in said
 
 
-async def test_address_that_is_taken_is_told_in_one_sentence(
-    world: World, processes: Processes, taken: int
-):
+async def test_address_that_is_taken_is_told_in_one_sentence(world: World, processes: Processes, taken: int):
     code, said = await processes.run(
         "serve", DATABASE_URL=world.database_url, QUEUE_PORT=taken, QUEUE_LOG_LEVEL="error"
     )
@@ -207,7 +205,7 @@ async def test_revision_that_does_not_exist_is_told_in_one_sentence(world: World
 async def test_maintain_once_tells_how_many_rows_each_task_changed(world: World, processes: Processes):
     queue = await world.replica()
     await queue.enqueue()
-    await queue.enqueue(lease_seconds=0.5)
+    await queue.enqueue()
     await queue.enqueue("later", delay_seconds=0.001)
     [job, *_] = await queue.lease(max_jobs=2)
     connection = await world.connect()
@@ -240,5 +238,3 @@ async def test_openapi_check_says_that_the_file_is_what_the_routes_say(processes
     code, said = await processes.run("openapi", "--check", DATABASE_URL=NOBODY_THERE)
     assert (code, said) == (0, "")
     assert file.stat().st_mtime_ns == before
-
-

@@ -332,13 +332,16 @@ def test_a_late_ack_is_dropped_and_the_job_done_again(
 
         def freeze_with_a_job() -> str:
             """Freeze the worker while it waits for a job, so that it cannot work on the one that it is given."""
+            time.sleep(
+                0.5
+            )  # So long it may take to ask for the next job; if it takes longer, there is another round.
             worker.signal(signal.SIGSTOP)
             job_id = post()
-            for _ in range(50):
+            for _ in range(5):
                 if state(job_id) == "active":
                     return job_id
-                time.sleep(0.02)
-            worker.signal(signal.SIGCONT)  # It froze between two jobs: once more.
+                time.sleep(0.1)
+            worker.signal(signal.SIGCONT)
             until(lambda: state(job_id) == "completed", "the worker goes on")
             return freeze_with_a_job()
 
@@ -402,7 +405,7 @@ def demo(directory: Path, *options: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         (sys.executable, "-m", "examples.demo", "--quick", "--root", str(tree), *options),
         cwd=REPOSITORY,
-        env={**os.environ, "TMPDIR": str(temporary), "COLUMNS": "120"},
+        env={**os.environ, "TMPDIR": str(temporary), "COLUMNS": "80"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -444,6 +447,7 @@ def test_the_demo_verifies_every_result_and_the_killed_workers_jobs(directory: P
     assert int(numbers["Retries"][1]) >= 4  # Three that cannot be read, and the killed worker's job.
     assert {"missing", "a-directory", "dangling-link"} <= numbers.keys()
     assert {"Python", "Node", "bash"} <= numbers.keys()
+    assert "…" not in output  # Nothing is cut off in 80 columns.
     assert not leftovers(directory)
 
 

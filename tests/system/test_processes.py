@@ -234,7 +234,9 @@ async def test_lines_printed_at_the_start_work_when_pasted(world: World, process
     assert post["state"] == "ready"
     assert [job["id"] for job in lease["jobs"]] == [post["id"]]
     assert lease["jobs"][0]["payload"] == post["payload"]
-    assert [(job["id"], job["state"], job["worker"]) for job in show["jobs"]] == [(post["id"], "active", "me")]
+    assert [(job["id"], job["state"], job["worker"]) for job in show["jobs"]] == [
+        (post["id"], "active", "me")
+    ]
     for page in re.findall(r"(?:docs|metrics): ([^,)\s]+)", service.said):
         assert (await service.http.get(page)).status_code == 200
 
