@@ -277,8 +277,8 @@ async def test_every_form_of_database_url_reaches_the_database(world: World):
     ]
     for form in forms:
         connection = await asyncpg.connect(**connect_arguments(form))
+        world.stack.push_async_callback(connection.close)
         assert await connection.fetchval("SELECT current_database()") == database, form
-        await connection.close()
 
 
 def test_an_empty_database_url_is_none(monkeypatch: pytest.MonkeyPatch):

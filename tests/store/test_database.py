@@ -71,9 +71,10 @@ class TestUrl:
 
     async def test_may_be_words_that_lead_to_the_same_database(self, world: World):
         parts = urlsplit(world.database_url)
+        query = parse_qs(parts.query)
         words = {
-            "host": parse_qs(parts.query).get("host", [parts.hostname])[0],
-            "port": parts.port,
+            "host": query.get("host", [parts.hostname])[0],
+            "port": query.get("port", [parts.port])[0],
             "user": parts.username,
             "password": parts.password,
             "dbname": parts.path.removeprefix("/"),

@@ -94,13 +94,9 @@ class Plan:
         return round(rows)
 
     def scans(self) -> list[tuple[str, str, int]]:
-        """Return the scans of tables: the kind, the table, and how many rows were read in all."""
+        """Return the scans of tables: the kind, the table, and how many rows were read in all, at least."""
         return [
-            (
-                node["Node Type"],
-                node["Relation Name"],
-                round((node["Actual Rows"] + node.get("Rows Removed by Filter", 0)) * node["Actual Loops"]),
-            )
+            (node["Node Type"], node["Relation Name"], _rows(node))
             for node in self.nodes
             if "Relation Name" in node and "Scan" in node["Node Type"]
         ]
@@ -114,6 +110,14 @@ class Plan:
         for node in self.nodes:
             # A sort or a hash over a table would show as a large one.
             assert node["Actual Rows"] <= max(rows_max, 1), node["Node Type"]
+
+
+def _rows(node: dict[str, Any]) -> int:
+    each = node["Actual Rows"] + node.get("Rows Removed by Filter", 0)
+    loops = node["Actual Loops"]
+    # What EXPLAIN says is the mean of the loops, before PostgreSQL 18 rounded to a whole number.
+    rounded = 0.5 if isinstance(node["Actual Rows"], int) and loops > 1 else 0
+    return round((each - rounded) * loops)
 
 
 def _nodes(node: dict[str, Any]) -> Iterator[dict[str, Any]]:
