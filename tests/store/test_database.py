@@ -22,7 +22,7 @@ from app.store.database import (
 )
 from app.store.schema import BODY_COLUMNS
 from tests.conftest import Replica, World
-from tests.store.conftest import holding
+from tests.store.conftest import holding, idle_replica
 
 
 class TestUrl:
@@ -153,7 +153,7 @@ class TestFaults:
         self, world: World, monkeypatch: pytest.MonkeyPatch
     ):
         monkeypatch.setitem(HOT_SETTINGS, "lock_timeout", "50ms")
-        queue = await world.replica()
+        queue = await idle_replica(world)
         job = await queue.enqueue()
         leased = await queue.lease_one()
         async with holding(world, "SELECT FROM leases WHERE id = $1 FOR UPDATE", job["id"]):

@@ -21,7 +21,7 @@ from app.store.database import Database
 from app.store.migrate import MigrationError, downgrade, is_migrated, upgrade
 from app.store.schema import metadata
 from tests.conftest import Replica, World
-from tests.store.conftest import holding
+from tests.store.conftest import holding, idle_replica
 
 ROOT = Path(__file__).parents[2]
 
@@ -233,7 +233,7 @@ NAMES = [
 
 @pytest.mark.parametrize("name", NAMES)
 async def test_a_schema_of_any_name_carries_a_jobs_whole_life(world: World, name: str):
-    queue = await world.replica(schema_name=name, migrate=True)
+    queue = await idle_replica(world, schema_name=name, migrate=True)
     job = await queue.enqueue(max_retries=1, backoff={"strategy": "fixed", "initial_seconds": 0})
     queue.clock.move(0)
     assert (await queue.fail(await queue.lease_one()))["state"] == "retry"

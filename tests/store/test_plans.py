@@ -113,8 +113,8 @@ class Plan:
 
 
 def _rows(node: dict[str, Any]) -> int:
-    each = node["Actual Rows"] + node.get("Rows Removed by Filter", 0)
-    loops = node["Actual Loops"]
+    each: float = node["Actual Rows"] + node.get("Rows Removed by Filter", 0)
+    loops: int = node["Actual Loops"]
     # What EXPLAIN says is the mean of the loops, before PostgreSQL 18 rounded to a whole number.
     rounded = 0.5 if isinstance(node["Actual Rows"], int) and loops > 1 else 0
     return round((each - rounded) * loops)

@@ -11,7 +11,7 @@ import pytest
 from app.queue.events import MaintenanceFailed
 from app.store.partitions import DAYS_AHEAD
 from tests.conftest import Clock, Replica, World
-from tests.store.conftest import holding
+from tests.store.conftest import holding, idle_replica
 
 DAY = 86_400.0
 MICROSECOND = timedelta(microseconds=1)
@@ -88,7 +88,7 @@ class TestDays:
         database = await connection.fetchval("SELECT current_database()")
         await connection.execute(f"ALTER DATABASE {database} SET timezone TO 'Pacific/Auckland'")
         clock.set("2031-05-10T00:00:00+00:00")
-        other = await world.replica()
+        other = await idle_replica(world)
         on_the_day = await acked(other)
         clock.set("2031-05-10T23:59:59.999999+00:00")
         at_its_end = await acked(other)
@@ -104,7 +104,7 @@ class TestDays:
         ]
 
     async def test_have_the_indexes_of_their_table(self, world: World):
-        await world.replica()
+        await idle_replica(world)
         connection = await world.connect()
         indexes = await connection.fetch(
             "SELECT count(*) AS n, parent.relname FROM pg_inherits AS i"
@@ -162,9 +162,9 @@ class TestCompletedJobs:
 
     async def test_go_by_the_settings_in_a_round_of_maintenance(self, world: World, clock: Clock):
         clock.set("2031-05-10T12:00:00+00:00")
-        job_id = await acked(await world.replica(retention_seconds=DAY, dead_retention_seconds=DAY))
+        job_id = await acked(await idle_replica(world, retention_seconds=DAY, dead_retention_seconds=DAY))
         clock.set("2031-05-12T00:00:00+00:00")
-        later = await world.replica(retention_seconds=DAY, dead_retention_seconds=DAY)
+        later = await idle_replica(world, retention_seconds=DAY, dead_retention_seconds=DAY)
         await later.maintain()
         assert await status(later, job_id) == 404
 
@@ -208,7 +208,7 @@ class TestCompletedJobs:
     async def test_of_one_day_dropped_by_two_processes_at_once_are_taken_off_the_counts_once(
         self, world: World, queue: Replica, clock: Clock
     ):
-        other = await world.replica()
+        other = await idle_replica(world)
         clock.set("2031-05-10T12:00:00+00:00")
         await acked(queue)
         clock.set("2031-06-10T12:00:00+00:00")
@@ -229,13 +229,13 @@ class TestAttempts:
             "dead_retention_seconds": dead_days * DAY,
         }
         clock.set("2031-05-10T12:00:00+00:00")
-        queue = await world.replica(**settings)
+        queue = await idle_replica(world, **settings)
         await failed(queue)
         end = datetime(2031, 5, 11, tzinfo=UTC) + timedelta(days=30)
         for instant, kept in ((end - MICROSECOND, True), (end, False)):
             clock.set(instant)
             # A process makes and drops days when it starts, then every ten minutes.
-            await (await world.replica(**settings)).maintain()
+            await (await idle_replica(world, **settings)).maintain()
             assert ("20310510" in await days(world, "attempts")) is kept
 
 
@@ -349,7 +349,7 @@ class TestOutage:
         assert await queue.machine.jobs.survive_outage(3600, 300) == 0
 
     async def test_is_made_up_for_once_when_two_reapers_come_back_at_once(self, world: World, queue: Replica):
-        other = await world.replica()
+        other = await idle_replica(world)
         await queue.enqueue()
         await queue.lease_one()
         [before] = await self.leases(world)
