@@ -26,6 +26,8 @@ cli = typer.Typer(
     help="A job queue that any language uses over HTTP.",
     no_args_is_help=True,
     add_completion=False,
+    # Rich tracebacks show local variables, passwords among them.
+    pretty_exceptions_enable=False,
 )
 
 

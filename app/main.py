@@ -13,6 +13,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from app.api.app import create_app
+from app.api.protocol import Protocol
 from app.engine.maintenance import Keeping
 from app.engine.service import Service
 from app.queue.errors import UnavailableError
@@ -115,6 +116,7 @@ class Server(uvicorn.Server):
                 machine.app,
                 host=settings.host,
                 port=settings.port,
+                http=Protocol,
                 lifespan="off",
                 access_log=False,
                 log_config=None,

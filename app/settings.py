@@ -3,10 +3,11 @@
 import difflib
 import ipaddress
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Literal
 
+from dotenv import dotenv_values
 from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
@@ -128,7 +129,7 @@ def load_settings() -> Settings:
         settings = Settings(_env_file=".env")
     except ValidationError as error:
         raise SettingsError(_sentence(error)) from None
-    _refuse_misspelt(os.environ)
+    _refuse_misspelt({*dotenv_values(".env"), *os.environ})
     return settings
 
 
@@ -138,10 +139,10 @@ def variable_of(name: str) -> str:
     return alias if isinstance(alias, str) else f"{PREFIX}{name.upper()}"
 
 
-def _refuse_misspelt(environment: Mapping[str, str]) -> None:
+def _refuse_misspelt(variables: Iterable[str]) -> None:
     """Stop at QUEUE_MAX_RETRYS; leave QUEUE_URL, which may be another program's, alone."""
     known = {variable_of(name) for name in Settings.model_fields}
-    for variable in sorted(environment):
+    for variable in sorted(variables):
         if variable.startswith(PREFIX) and variable not in known:
             near = difflib.get_close_matches(variable, known, n=1, cutoff=0.85)
             if near:

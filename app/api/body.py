@@ -26,7 +26,8 @@ for _open, _close in (b"[]", b"{}"):
 _ESCAPE = re.compile(rb"\\(?:u([0-9a-fA-F]{4})|.)", re.DOTALL)
 _HIGH = range(0xD800, 0xDC00)
 _LOW = range(0xDC00, 0xE000)
-_AT = re.compile(r"(?P<message>.*?)(?: - at `(?P<path>\$.*)`)?", re.DOTALL)
+_AT = re.compile(r" - at `\$\.?([^`]{0,200})`\Z")
+_MESSAGE_LENGTH_MAX = 200
 
 T = TypeVar("T")
 
@@ -40,22 +41,16 @@ async def read_body(scope: Scope, receive: Receive, bytes_max: int) -> bytes:
     length = headers.get(b"content-length", b"")
     if length.isdigit() and int(length) > bytes_max:
         raise _too_large(bytes_max)
-    message: Message = await receive()
-    body = message.get("body", b"")
-    if message.get("more_body"):
-        chunks = [body]
-        size = len(body)
-        while message.get("more_body"):
-            message = await receive()
-            chunks.append(message.get("body", b""))
-            size += len(chunks[-1])
-            if size > bytes_max:
-                raise _too_large(bytes_max)
-        body = b"".join(chunks)
-    if message["type"] == "http.disconnect":
-        raise RequestError("bad_request", "The connection ended within the body.")
-    if len(body) > bytes_max:
-        raise _too_large(bytes_max)
+    body = bytearray()
+    more = True
+    while more:
+        message: Message = await receive()
+        if message["type"] == "http.disconnect":
+            raise RequestError("bad_request", "The connection ended within the body.")
+        body += message.get("body", b"")
+        if len(body) > bytes_max:
+            raise _too_large(bytes_max)
+        more = message.get("more_body", False)
     return bytes(body)
 
 
@@ -105,14 +100,15 @@ def _malformed(why: str) -> RequestError:
 
 
 def _too_large(bytes_max: int) -> RequestError:
-    # The rest of the body is not read, so the connection can not be used again.
-    return RequestError(
-        "body_too_large", f"A body may have at most {bytes_max} bytes.", {"Connection": "close"}
-    )
+    # No `Connection: close`: the server would reset the connection of a client that is still sending, and with it
+    # goes the answer. As it is, the rest is read past, and kept nowhere.
+    return RequestError("body_too_large", f"A body may have at most {bytes_max} bytes.")
 
 
 def _invalid(text: str) -> InvalidRequestError:
-    match = _AT.fullmatch(text)
-    assert match is not None  # noqa: S101  # the pattern takes any text
-    field = (match["path"] or "$").removeprefix("$").removeprefix(".")
-    return InvalidRequestError(field or "body", match["message"])
+    # The text repeats what the client wrote, as long as it is, and that may look like a path too.
+    at = _AT.search(text)
+    message, field = (text, "") if at is None else (text[: at.start()], at[1])
+    if len(message) > _MESSAGE_LENGTH_MAX:
+        message = message[:_MESSAGE_LENGTH_MAX] + "…"
+    return InvalidRequestError(field or "body", message)

@@ -48,6 +48,7 @@ def document(app: FastAPI, thin: Iterable[ThinRoute]) -> dict[str, Any]:
             _describe_answers(operation, schemas)
     for route in thin:
         base["paths"].setdefault(route.path, {})["post"] = _thin_operation(route.operation, schemas)
+    schemas["Problem"]["properties"]["code"]["enum"] = list(CODES)
     base["components"] = {"schemas": dict(sorted(schemas.items()))}
     return base
 

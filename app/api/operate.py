@@ -2,12 +2,13 @@
 
 import base64
 import hashlib
+from datetime import UTC, datetime
 from typing import Annotated, Any
 from uuid import UUID
 
 from fastapi import APIRouter, Path, Query, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field
 
 from app.api.schemas import (
     NAME_LENGTH_MAX,
@@ -36,6 +37,17 @@ Name = Annotated[str, Field(pattern=NAME_PATTERN, max_length=NAME_LENGTH_MAX)]
 Text = Annotated[str, Field(pattern="^[^\\x00]*$", max_length=NAME_LENGTH_MAX * 2)]
 
 
+def _in_utc(instant: datetime) -> datetime:
+    try:
+        return instant.astimezone(UTC)
+    except OverflowError:
+        message = "is no instant of our calendar"
+        raise ValueError(message) from None
+
+
+Instant = Annotated[AwareDatetime, AfterValidator(_in_utc)]
+
+
 class ListQuery(BaseModel):
     """Which jobs to list; what is repeated means any of them."""
 
@@ -47,8 +59,8 @@ class ListQuery(BaseModel):
     tag: Text | None = None
     worker: Text | None = None
     error: Text | None = Field(default=None, description="the exact `type` of the last error")
-    created_after: AwareDatetime | None = None
-    created_before: AwareDatetime | None = None
+    created_after: Instant | None = None
+    created_before: Instant | None = None
     limit: int = Field(default=LIMIT_DEFAULT, ge=1, le=LIMIT_MAX)
     cursor: str | None = Field(default=None, max_length=64, description="`next_cursor` of the page before")
 

@@ -1,5 +1,6 @@
 """Every error as `application/problem+json` (RFC 9457), with a stable code."""
 
+import traceback
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 
@@ -9,6 +10,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
+from starlette.routing import Match
 
 from app.api.schemas import FieldProblem, Problem
 from app.queue.errors import (
@@ -39,6 +41,7 @@ CODES: Mapping[str, tuple[int, str]] = {
 }
 """Every code that an answer may carry, with its status and title. OpenAPI lists them."""
 
+_METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
 _CODE_OF_STATUS = {404: "not_found", 405: "method_not_allowed"}
 
 log = structlog.get_logger(__name__)
@@ -82,7 +85,6 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(QueueError, _queue_error)
     app.add_exception_handler(RequestValidationError, _validation_error)
     app.add_exception_handler(HTTPException, _http_error)
-    app.add_exception_handler(Exception, _unexpected_error)
 
 
 async def _queue_error(request: Request, error: Exception) -> Response:
@@ -120,11 +122,37 @@ async def _http_error(request: Request, error: Exception) -> Response:
         "not_found": f"There is nothing at {request.url.path}.",
         "method_not_allowed": f"{request.url.path} does not take {request.method}.",
     }.get(code, HTTPStatus(error.status_code).phrase)
-    return problem_response(request, code, detail, headers=error.headers)
+    headers = dict(error.headers or {})
+    if code == "method_not_allowed":
+        # Several routes share a path; the one that refused knows only its own methods.
+        headers["Allow"] = ", ".join(method for method in _METHODS if _takes(request, method))
+    return problem_response(request, code, detail, headers=headers)
 
 
-async def _unexpected_error(request: Request, error: Exception) -> Response:
-    log.error("unexpected_error", path=request.url.path, error=repr(error))
+def _takes(request: Request, method: str) -> bool:
+    asked = {**request.scope, "method": method}
+    return any(route.matches(asked)[0] is Match.FULL for route in request.app.router.routes)
+
+
+def unexpected(request: Request, error: Exception) -> Response:
+    """Log an error that nobody foresaw, once, and make its answer.
+
+    The log gets its type, its first sentence and where it was raised: what the database adds holds whole rows.
+    """
+    frames = traceback.extract_tb(error.__traceback__)
+    log.error(
+        "unexpected_error",
+        path=request.scope["path"],
+        error=repr(error),
+        at=[f"{frame.filename}:{frame.lineno} {frame.name}" for frame in frames],
+    )
     return problem_response(
         request, "internal_error", "Something went wrong here; the log has the request id."
     )
+
+
+def bad_request(detail: str) -> bytes:
+    """Return the body of the answer to what is no HTTP request at all."""
+    status, title = CODES["bad_request"]
+    problem = Problem(TYPE_PREFIX + "bad_request", title, status, detail, "bad_request")
+    return msgspec.json.encode(problem)

@@ -7,13 +7,14 @@
 """
 
 import asyncio
+import re
 import shlex
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, quote, urlencode, urlsplit
 
 import asyncpg
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
@@ -45,11 +46,50 @@ HOT_SETTINGS = {
     "idle_in_transaction_session_timeout": f"{COMMAND_TIMEOUT_SECONDS}s",
 }
 
+# libpq's parameters that asyncpg knows, and those whose work our own settings do.
+_PARAMETERS = frozenset(
+    [
+        "host",
+        "port",
+        "user",
+        "password",
+        "passfile",
+        "dbname",
+        "sslmode",
+        "sslcert",
+        "sslkey",
+        "sslrootcert",
+        "sslcrl",
+        "sslpassword",
+        "ssl_min_protocol_version",
+        "ssl_max_protocol_version",
+        "target_session_attrs",
+        "krbsrvname",
+        "gsslib",
+        "options",
+    ]
+)
+_OURS = frozenset(
+    [
+        "application_name",
+        "fallback_application_name",
+        "connect_timeout",
+        "keepalives",
+        "keepalives_idle",
+        "keepalives_interval",
+        "keepalives_count",
+        "tcp_user_timeout",
+    ]
+)
+_SSL_MODES = frozenset({"disable", "allow", "prefer", "require", "verify-ca", "verify-full"})
+_HOST = re.compile(r"(?:\[[^\]]*\]|[^:\[\]]*)(?::\d{0,5})?")
+
 SQL_DIRECTORY = Path(__file__).with_name("sql")
 
 # SQLSTATE classes and codes that say «not now», not «not so»: connection, resources, operator intervention,
-# lock_not_available, deadlock, serialization failure, read-only after a failover.
-_AWAY = ("08", "53", "57", "55P03", "40P01", "40001", "25006")
+# lock_not_available, deadlock, serialization failure, read-only after a failover; and what a server says to whom it
+# lets in no more: authorization, no such database, a database that takes no connections.
+_AWAY = ("08", "53", "57", "55P03", "40P01", "40001", "25006", "28", "3D", "55000")
 
 
 T = TypeVar("T")
@@ -62,40 +102,51 @@ class DatabaseUrlError(ValueError):
 def connect_arguments(url: str) -> dict[str, Any]:
     """Translate libpq's two forms, a URI or `key=value` words, into arguments for asyncpg.connect.
 
-    Raises DatabaseUrlError.
+    Raises DatabaseUrlError. Its text repeats nothing of the URL: a slip may have put the password anywhere.
     """
-    if "://" in url:
-        scheme, rest = url.split("://", 1)
+    scheme, is_uri, rest = url.strip().partition("://")
+    if is_uri:
         if scheme.partition("+")[0] not in {"postgres", "postgresql"}:
-            message = f"DATABASE_URL must begin with postgresql://, not with {scheme}://"
+            message = "DATABASE_URL must begin with postgresql://"
             raise DatabaseUrlError(message)
+        place, _, query = rest.partition("?")
+        _check_place(place)
+        parameters = dict(parse_qsl(query, keep_blank_values=True))
+    else:
+        place = ""
         try:
-            urlsplit(f"postgresql://{rest}")
-        except ValueError as error:
-            message = f"DATABASE_URL is not a URL: {error}"
+            parameters = dict(word.split("=", 1) for word in shlex.split(url))
+        except ValueError:
+            message = "DATABASE_URL is neither a postgresql:// URL nor words of the form key=value"
             raise DatabaseUrlError(message) from None
-        return {"dsn": f"postgresql://{rest}"}
+    _check_parameters(parameters)
+    known = {name: value for name, value in parameters.items() if name not in _OURS}
+    return {"dsn": f"postgresql://{place}?{urlencode(known, quote_via=quote)}"}
+
+
+def _check_place(place: str) -> None:
     try:
-        words = dict(word.split("=", 1) for word in shlex.split(url))
+        parts = urlsplit(f"postgresql://{place}")
     except ValueError:
-        message = "DATABASE_URL is neither a postgresql:// URL nor words of the form key=value"
-        raise DatabaseUrlError(message) from None
-    names = {
-        "dbname": "database",
-        "sslmode": "ssl",
-        "user": "user",
-        "password": "password",
-        "host": "host",
-        "port": "port",
-    }
-    unknown = sorted(set(words) - set(names))
-    if unknown:
-        message = f"DATABASE_URL has the unknown word {unknown[0]!r}; known are {', '.join(sorted(names))}"
+        parts = None
+    hosts = [] if parts is None else parts.netloc.rpartition("@")[2].split(",")
+    if parts is None or "@" in parts.path or parts.fragment or not all(map(_HOST.fullmatch, hosts)):
+        message = (
+            "DATABASE_URL is not a URL: write characters such as / @ : # in a password as %2F %40 %3A %23"
+        )
         raise DatabaseUrlError(message)
-    arguments: dict[str, Any] = {names[key]: value for key, value in words.items()}
-    if "port" in arguments:
-        arguments["port"] = int(arguments["port"])
-    return arguments
+
+
+def _check_parameters(parameters: dict[str, str]) -> None:
+    if not parameters.keys() <= _PARAMETERS | _OURS:
+        message = f"DATABASE_URL has an unknown parameter; known are {', '.join(sorted(_PARAMETERS | _OURS))}"
+        raise DatabaseUrlError(message)
+    if parameters.get("sslmode", "prefer") not in _SSL_MODES:
+        message = f"DATABASE_URL has an unknown sslmode; known are {', '.join(sorted(_SSL_MODES))}"
+        raise DatabaseUrlError(message)
+    if not re.fullmatch(r"[\d,]*", parameters.get("port", "")):
+        message = "DATABASE_URL has a port that is no number"
+        raise DatabaseUrlError(message)
 
 
 @cache
