@@ -24,14 +24,15 @@ def migrate(connection: Connection, schema: str) -> None:
     )
     with context.begin_transaction():
         # Replicas that start together wait here for each other; the second finds nothing left to do.
-        connection.execute(text("SET LOCAL statement_timeout = 0"))
         connection.execute(
             text("SELECT pg_advisory_xact_lock(hashtextextended('leaseq migrate ' || :schema, 0))"),
             {"schema": schema},
         )
         connection.execute(text(f"SET LOCAL lock_timeout = '{LOCK_TIMEOUT}'"))
         quoted = connection.dialect.identifier_preparer.quote(schema)
-        connection.execute(text(f"CREATE SCHEMA IF NOT EXISTS {quoted}"))
+        # Its owner need not be allowed to create others.
+        if connection.execute(text("SELECT to_regnamespace(:quoted) IS NULL"), {"quoted": quoted}).scalar():
+            connection.execute(text(f"CREATE SCHEMA {quoted}"))
         # The migrations name no schema: they work in whichever is first here.
         connection.execute(text(f"SET LOCAL search_path TO {quoted}"))
         context.run_migrations()
@@ -42,7 +43,7 @@ async def from_command_line() -> None:
     settings = load_settings()
     database = Database(settings.require_database_url(), schema=settings.schema_name)
     try:
-        async with database.reading.connect() as connection:
+        async with database.patient() as connection:
             await connection.run_sync(migrate, settings.schema_name)
             await connection.commit()
     finally:

@@ -15,6 +15,7 @@ from app.queue.model import Backoff, BackoffStrategy, JobDefaults
 from app.store.database import DatabaseUrlError, connect_arguments
 
 PREFIX = "QUEUE_"
+SCHEMA_BYTES_MAX = 48
 
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
@@ -37,7 +38,6 @@ class Settings(BaseSettings):
         default="leaseq",
         validation_alias=f"{PREFIX}SCHEMA",
         min_length=1,
-        max_length=48,
         pattern=r"^[^\x00\"{}]+$",
         description="the schema that holds the tables",
     )
@@ -91,6 +91,15 @@ class Settings(BaseSettings):
             connect_arguments(value)
         except DatabaseUrlError as error:
             raise ValueError(str(error)) from None
+        return value
+
+    @field_validator("schema_name")
+    @classmethod
+    def _usable_schema(cls, value: str) -> str:
+        if value.startswith("pg_"):
+            raise ValueError("names that begin with pg_ belong to PostgreSQL")
+        if len(value.encode()) > SCHEMA_BYTES_MAX:
+            raise ValueError(f"may have at most {SCHEMA_BYTES_MAX} bytes")
         return value
 
     @model_validator(mode="after")

@@ -24,8 +24,8 @@ from app.queue.events import (
     JobEnqueued,
     JobEvent,
     JobLeased,
+    JobPromoted,
     JobRetried,
-    JobsPromoted,
     MaintenanceFailed,
     MaintenanceRan,
     Observer,
@@ -239,8 +239,10 @@ class EventLog:
                 self._line(logging.INFO, "job_retried", event)
             case JobDeleted():
                 self._line(logging.INFO, "job_deleted", event)
-            case JobsPromoted():
-                self._log.debug("jobs_promoted", queue=event.queue, type=event.type, count=event.count)
+            case JobPromoted():
+                self._line(logging.DEBUG, "job_promoted", event)
+            case MaintenanceRan(changed=changed) if changed:
+                self._log.debug("maintenance_ran", task=event.task, changed=changed)
             case MaintenanceFailed():
                 self._log.warning("maintenance_failed", task=event.task, error=event.error)
             case _:

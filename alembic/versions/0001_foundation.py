@@ -259,12 +259,12 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    """Drop everything, unless a job still lives there. Raises CommandError then."""
+    """Drop everything, unless there are unfinished jobs or dead letters. Raises CommandError then."""
     connection = op.get_bind()
     # Nobody may enqueue between the look and the drop.
     connection.execute(text("LOCK TABLE jobs IN ACCESS EXCLUSIVE MODE"))
-    if connection.execute(text("SELECT EXISTS (SELECT FROM jobs)")).scalar():
-        message = "There are unfinished jobs: finish or cancel them before going below revision 0001."
+    if connection.execute(text("SELECT EXISTS (SELECT FROM jobs) OR EXISTS (SELECT FROM dead)")).scalar():
+        message = "There are unfinished jobs or dead letters: finish or delete them before going below revision 0001."
         raise CommandError(message)
     for table in (
         "jobs",

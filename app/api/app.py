@@ -19,6 +19,8 @@ from app.telemetry import Metrics
 VERSION = "0.1.0"
 REQUEST_ID = re.compile("[A-Za-z0-9._-]{1,128}")
 
+ENVELOPE_BYTES_MAX = 64 * 1024
+
 # Long polls last as long as their wait, probes and scrapes are nobody's work: none belongs in the latencies.
 NOT_TIMED = ["^/lease$", "^/metrics$", "^/health"]
 
@@ -65,7 +67,9 @@ class RequestIds:
 def create_app(service: Service, metrics: Metrics, *, body_bytes_max: int, payload_bytes_max: int) -> FastAPI:
     """Return the application that offers `service` over HTTP."""
     app = FastAPI(title="leaseq", version=VERSION, redirect_slashes=False, generate_unique_id_function=_name)
-    thin = [ThinRoute(operation, body_bytes_max) for operation in work.operations(service, payload_bytes_max)]
+    # One job fits: what it brings beside its payload is small.
+    thin_bytes_max = min(body_bytes_max, payload_bytes_max + ENVELOPE_BYTES_MAX)
+    thin = [ThinRoute(operation, thin_bytes_max) for operation in work.operations(service, payload_bytes_max)]
     app.router.routes[:0] = thin
     app.include_router(operate.router(service, metrics))
     problems.install(app)

@@ -23,9 +23,10 @@ _NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 _STEP = [0] * 256
 for _open, _close in (b"[]", b"{}"):
     _STEP[_open], _STEP[_close] = 1, -1
-_ESCAPE = re.compile(rb"\\(?:u([0-9a-fA-F]{4})|.)", re.DOTALL)
-_HIGH = range(0xD800, 0xDC00)
-_LOW = range(0xDC00, 0xE000)
+# Any text in which each escaped half of a surrogate pair has its other half beside it.
+_PAIRED = re.compile(
+    rb"(?:[^\\]++|\\[^u]|\\u(?:[0-9a-cA-CefEF]...|[dD][0-7]..|[dD][89abAB]..\\u[dD][c-fC-F]..))*+", re.DOTALL
+)
 _AT = re.compile(r" - at `\$\.?([^`]{0,200})`\Z")
 _MESSAGE_LENGTH_MAX = 200
 
@@ -71,7 +72,7 @@ def check_json(body: bytes) -> None:
         body.decode()
     except UnicodeDecodeError as error:
         raise _malformed(f"it is not UTF-8 at byte {error.start}") from None
-    if b"\\u" in body and _has_lone_surrogate(body):
+    if b"\\u" in body and not _PAIRED.fullmatch(body):
         raise _malformed("it escapes half of a surrogate pair")
     if body.count(b"[") + body.count(b"{") > DEPTH_MAX and depth(body) > DEPTH_MAX:
         raise _malformed(f"it is nested deeper than {DEPTH_MAX}")
@@ -81,18 +82,6 @@ def depth(body: bytes) -> int:
     """Return how deep the brackets outside strings are nested."""
     brackets = _STRING.sub(b"", body).translate(None, _NOT_BRACKETS)
     return max(accumulate(map(_STEP.__getitem__, brackets)), default=0)
-
-
-def _has_lone_surrogate(body: bytes) -> bool:
-    expected_at = -1  # where the second half of a pair must begin
-    for match in _ESCAPE.finditer(body):
-        unit = int(match[1], 16) if match[1] else 0
-        if expected_at >= 0 and (match.start() != expected_at or unit not in _LOW):
-            return True
-        if expected_at < 0 and unit in _LOW:
-            return True
-        expected_at = match.end() if unit in _HIGH else -1
-    return expected_at >= 0
 
 
 def _malformed(why: str) -> RequestError:

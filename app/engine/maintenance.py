@@ -7,12 +7,13 @@ A task that fails is tried again in the next round, and does not keep the others
 import asyncio
 import random
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from app.engine.running import Component
 from app.engine.wakeup import Wakeups
-from app.queue.events import AttemptEnded, JobsPromoted, MaintenanceFailed, MaintenanceRan, Observer
+from app.queue.events import AttemptEnded, JobPromoted, MaintenanceFailed, MaintenanceRan, Observer
 from app.queue.lifecycle import State
 from app.queue.model import Verdict
 from app.queue.policy import decide_expiry
@@ -54,11 +55,11 @@ class Maintenance(Component):
     async def run_once(self) -> dict[str, int]:
         """Take every task's turn once; return how many rows each changed. Failures go to the observer."""
         tasks: dict[str, Callable[[], Awaitable[int]]] = {
-            "days": self.days,
             "reap": self.reap,
             "promote": self.promote,
             "fold": self.fold,
             "retain": self.retain,
+            "days": self.days,
         }
         changed = {}
         for name, task in tasks.items():
@@ -92,10 +93,12 @@ class Maintenance(Component):
 
         async def step() -> int:
             promoted = await self._jobs.promote(BATCH)
-            for line, count in promoted.items():
-                self._observer.on(JobsPromoted(queue=line.queue, type=line.type or "", count=count))
-            self._wakeups.announce(promoted)
-            return sum(promoted.values())
+            for job in promoted:
+                self._observer.on(
+                    JobPromoted(job_id=job.job_id, queue=job.line.queue, type=job.line.type or "")
+                )
+            self._wakeups.announce(Counter(job.line for job in promoted))
+            return len(promoted)
 
         return await _while_full(step, BATCH)
 
@@ -111,10 +114,10 @@ class Maintenance(Component):
         """Make the days ahead, and drop those of completed jobs and attempts whose retention has ended."""
         if time.monotonic() < self._days_due_at:
             return 0
-        longest = max(self._keeping.completed_seconds, self._keeping.dead_seconds)
-        touched = await self._jobs.retain_days(self._keeping.completed_seconds, longest)
+        # Also when it fails: the urgent tasks must not wait for its next try in every round.
         self._days_due_at = time.monotonic() + DAYS_EVERY_SECONDS
-        return touched
+        longest = max(self._keeping.completed_seconds, self._keeping.dead_seconds)
+        return await self._jobs.retain_days(self._keeping.completed_seconds, longest)
 
     async def _run(self) -> None:
         while True:
@@ -140,12 +143,9 @@ def attempt_ended(verdict: Verdict) -> AttemptEnded:
 
 def ready_lines(verdicts: list[Verdict]) -> dict[Line, int]:
     """Return the lines that the verdicts have put ready jobs on."""
-    lines: dict[Line, int] = {}
-    for verdict in verdicts:
-        if verdict.state is State.READY:
-            line = Line(verdict.lease.queue, verdict.lease.type)
-            lines[line] = lines.get(line, 0) + 1
-    return lines
+    return Counter(
+        Line(verdict.lease.queue, verdict.lease.type) for verdict in verdicts if verdict.state is State.READY
+    )
 
 
 async def _while_full(step: Callable[[], Awaitable[int]], batch: int) -> int:

@@ -47,7 +47,9 @@ from app.store.jobs import Ack, Claim, Decide, Jobs, Line, Moved
 from app.store.reads import Reads, WorkerSeen
 
 LOOKS_MAX = 10
-"""How often a verb looks again at what others move or hold at that moment, before it gives up for now."""
+"""How often a verb looks again for a job that others move at that moment, before it gives up for now."""
+
+CONTENDED_PAUSE_SECONDS = 0.02
 
 GIVE_BACK_SECONDS_MAX = 5.0
 
@@ -158,17 +160,27 @@ class Service:
         if self.wakeups.waiters >= self._max_lease_waiters:
             message = f"There are {self._max_lease_waiters} waiting leases already; come back a little later."
             raise UnavailableError(message, retry_after_seconds=5)
-        until = asyncio.get_running_loop().time() + wanted.wait_seconds
+        loop = asyncio.get_running_loop()
+        until = loop.time() + wanted.wait_seconds
         with self.wakeups.waiting(wanted.lines) as waiter:
             gone.add_done_callback(lambda _: waiter.send_away())
             while not gone.done():
                 waiter.listen()
-                leased = await self._claim(wanted, gone)
+                claim = await self._claim(wanted, gone)
                 if gone.done():
                     break
-                waiter.looked(Line(job.queue, job.type) for job in leased)
-                if leased or self._draining or not await waiter.called(until):
-                    return leased
+                if claim.jobs:
+                    waiter.looked(Line(job.queue, job.type) for job in claim.jobs)
+                    return claim.jobs
+                if self._draining or loop.time() >= until:
+                    break
+                if claim.contended:
+                    # Others hold all that is ready. What they take is theirs, but what they let go calls nobody.
+                    await asyncio.sleep(CONTENDED_PAUSE_SECONDS * random.uniform(0.5, 1.5))
+                    continue
+                waiter.looked(())
+                if not await waiter.called(until):
+                    break
         return []
 
     async def heartbeat(self, job_id: UUID, lease_id: UUID | None, extend_seconds: float | None) -> Beat:
@@ -312,25 +324,21 @@ class Service:
                 oldest_ready_seconds={},
             )
 
-    async def _claim(self, wanted: LeaseRequest, gone: "asyncio.Future[object]") -> list[LeasedJob]:
-        claim = Claim(jobs=[], contended=True)
-        for _ in range(LOOKS_MAX):
-            # Shielded: a claim cut off half-way would leave jobs leased to nobody until their leases expire.
-            claiming = asyncio.ensure_future(
-                self._jobs.lease(
-                    wanted.queues, wanted.types, wanted.max_jobs, wanted.lease_seconds, wanted.worker
-                )
+    async def _claim(self, wanted: LeaseRequest, gone: "asyncio.Future[object]") -> Claim:
+        # Shielded: a claim cut off half-way would leave jobs leased to nobody until their leases expire.
+        claiming = asyncio.ensure_future(
+            self._jobs.lease(
+                wanted.queues, wanted.types, wanted.max_jobs, wanted.lease_seconds, wanted.worker
             )
-            try:
-                claim = await asyncio.shield(claiming)
-            except asyncio.CancelledError:
-                self._owner.spawn(self._give_back_when_claimed(claiming))
-                raise
-            if not claim.contended:
-                break
+        )
+        try:
+            claim = await asyncio.shield(claiming)
+        except asyncio.CancelledError:
+            self._owner.spawn(self._give_back_when_claimed(claiming))
+            raise
         if gone.done():
             await self._give_back(claim.jobs)
-            return []
+            return Claim(jobs=[], contended=False)
         for job in claim.jobs:
             self._observer.on(
                 JobLeased(
@@ -342,7 +350,7 @@ class Service:
                     waited_seconds=_seconds_between(job.ready_at, job.leased_at),
                 )
             )
-        return claim.jobs
+        return claim
 
     async def _give_back_when_claimed(self, claiming: "asyncio.Future[Claim]") -> None:
         await self._give_back((await claiming).jobs)

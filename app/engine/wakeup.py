@@ -31,7 +31,7 @@ import structlog
 
 from app.engine.running import Component
 from app.queue.errors import UnavailableError
-from app.store.database import Database, is_away
+from app.store.database import Database
 from app.store.jobs import Jobs, Line
 
 HINT_PAUSE_SECONDS = 0.01
@@ -58,7 +58,7 @@ class Waiter:
         """Be ready for the next call. Call this before looking: what becomes ready from now on will call."""
         if self._answer.done():
             self._answer = asyncio.get_running_loop().create_future()
-        self._heeded, self.called_for = self.called_for, None
+        self._heeded, self.called_for = self.called_for or self._heeded, None
 
     def looked(self, taken: Iterable[Line]) -> None:
         """Note what a look brought: the call before it was used, unless it brought only jobs of other lines."""
@@ -140,7 +140,7 @@ class Room:
 
     @staticmethod
     def _uncalled(waiters: Iterable[Waiter]) -> Iterator[Waiter]:
-        return (waiter for waiter in list(waiters) if waiter.called_for is None)
+        return (waiter for waiter in waiters if waiter.called_for is None)
 
 
 class Wakeups(Component):
@@ -212,32 +212,27 @@ class Wakeups(Component):
                 log.warning("poll_failed", error=str(error))
 
     async def _stay_connected(self) -> None:
+        """Listen, and send hints. Whatever goes wrong here is tried again: the poll stands behind it."""
         tries = 0
         while True:
             try:
                 connection = await self._database.connect()
-            except Exception as error:
-                if not is_away(error):
-                    raise
-                tries += 1
-                await asyncio.sleep(min(0.1 * 2**tries, RECONNECT_SECONDS_MAX) * random.uniform(0.5, 1))
-                continue
-            try:
-                await connection.add_listener(self._channel, self._heard)
-                # A connection that ends has something to say too: sending it fails, at once.
-                connection.add_termination_listener(lambda _: self._to_say.set())
-                self.listening.set()
-                # Hints may have gone by while nobody listened.
-                self._to_look.set()
-                tries = 0
-                await self._talk(connection)
-            except Exception as error:
-                if not is_away(error):
-                    raise
-                log.warning("hints_lost", error=str(error))
-            finally:
-                self.listening.clear()
-                connection.terminate()
+                try:
+                    await connection.add_listener(self._channel, self._heard)
+                    # A connection that ends has something to say too: sending it fails, at once.
+                    connection.add_termination_listener(lambda _: self._to_say.set())
+                    self.listening.set()
+                    # Hints may have gone by while nobody listened.
+                    self._to_look.set()
+                    tries = 0
+                    await self._talk(connection)
+                finally:
+                    self.listening.clear()
+                    connection.terminate()
+            except Exception as error:  # noqa: BLE001  # no error of one connection may end the listening
+                log.warning("hints_lost", error=repr(error))
+                tries = min(tries + 1, 10)
+                await asyncio.sleep(min(0.05 * 2**tries, RECONNECT_SECONDS_MAX) * random.uniform(0.5, 1))
 
     async def _talk(self, connection: Any) -> None:
         """Send hints while there are any, and a sign of life else: a dead peer shows only when it is spoken to."""

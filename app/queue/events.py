@@ -77,12 +77,8 @@ class JobDeleted(JobEvent):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class JobsPromoted:
-    """Delayed jobs of one queue and type became ready."""
-
-    queue: str
-    type: str
-    count: int
+class JobPromoted(JobEvent):
+    """A delayed job became ready."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,7 +98,7 @@ class MaintenanceFailed:
     error: str
 
 
-QueueEvent = JobEvent | JobsPromoted | MaintenanceRan | MaintenanceFailed
+QueueEvent = JobEvent | MaintenanceRan | MaintenanceFailed
 
 
 class Observer(Protocol):

@@ -73,7 +73,7 @@ def backoff_seconds(backoff: Backoff, failures: int, chance: float) -> float:
             try:
                 delay = backoff.initial_seconds * backoff.factor ** (failures - 1)
             except OverflowError:
-                delay = backoff.max_seconds
+                delay = backoff.max_seconds if backoff.initial_seconds > 0 else 0.0
         case BackoffStrategy.LINEAR:
             delay = backoff.initial_seconds * failures
         case BackoffStrategy.FIXED:

@@ -2,15 +2,16 @@
 
 - `hot`: asyncpg, for the verbs. Its session settings allow the planner one plan a statement: with stale statistics
   PostgreSQL would otherwise swap an index look-up for a scan of everything.
-- `reading`: SQLAlchemy, for lists, counts and migrations, so that a slow page never takes a connection from a verb.
+- `looking` and `reading`: SQLAlchemy, for look-ups by id and readiness, and for lists and counts: a slow page never
+  takes a connection from a verb, from a look-up, or from the probes.
 - `connect`: a connection of its own, for LISTEN and NOTIFY.
 """
 
 import asyncio
 import re
 import shlex
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,7 +20,8 @@ from urllib.parse import parse_qsl, quote, urlencode, urlsplit
 import asyncpg
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
-from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+from sqlalchemy.pool import NullPool
 
 from app.queue.errors import UnavailableError
 from app.store.schema import BODY_COLUMNS
@@ -189,7 +191,9 @@ def unavailable_when_away() -> Iterator[None]:
         yield
     except Exception as error:
         if is_away(error) or (error.__cause__ is not None and is_away(error.__cause__)):
-            message = "The database is away or overloaded; nothing is known to have changed. Try again."
+            message = (
+                "The database is away or overloaded. Whether anything has changed is not known; try again."
+            )
             raise UnavailableError(message) from error
         raise
 
@@ -202,15 +206,8 @@ class Database:
         self._arguments = connect_arguments(url)
         self._pool_size = pool_size
         self._hot: asyncpg.Pool[asyncpg.Record] | None = None
-        self.reading: AsyncEngine = create_async_engine(
-            "postgresql+asyncpg://",
-            async_creator=self._connect_for_reading,
-            pool_size=READING_CONNECTIONS,
-            max_overflow=0,
-            pool_timeout=ACQUIRE_TIMEOUT_SECONDS,
-            pool_pre_ping=True,
-            execution_options={"schema_translate_map": {None: schema}},
-        )
+        self.reading = self._engine()
+        self.looking = self._engine()
 
     @property
     def hot(self) -> "asyncpg.Pool[asyncpg.Record]":
@@ -241,18 +238,46 @@ class Database:
                 self._hot.terminate()
             self._hot = None
         await self.reading.dispose()
+        await self.looking.dispose()
 
-    async def connect(self, **settings: str) -> "asyncpg.Connection[asyncpg.Record]":
+    async def connect(
+        self, *, command_timeout: float | None = COMMAND_TIMEOUT_SECONDS, **settings: str
+    ) -> "asyncpg.Connection[asyncpg.Record]":
         """Open a connection outside the pools; the caller closes it. Raises what asyncpg.connect raises."""
         return await asyncpg.connect(
             **self._arguments,
             timeout=CONNECT_TIMEOUT_SECONDS,
-            command_timeout=COMMAND_TIMEOUT_SECONDS,
+            command_timeout=command_timeout,
             server_settings={"application_name": "leaseq", **settings},
         )
 
-    async def _connect_for_reading(self) -> "asyncpg.Connection[asyncpg.Record]":
-        return await self.connect(statement_timeout=f"{READ_TIMEOUT_SECONDS}s", jit="off")
+    @asynccontextmanager
+    async def patient(self) -> AsyncIterator[AsyncConnection]:
+        """Yield a connection without time limits, for migrations and for dropping days."""
+
+        async def connect() -> "asyncpg.Connection[asyncpg.Record]":
+            return await self.connect(command_timeout=None)
+
+        engine = create_async_engine("postgresql+asyncpg://", async_creator=connect, poolclass=NullPool)
+        try:
+            async with engine.connect() as connection:
+                yield connection
+        finally:
+            await engine.dispose()
+
+    def _engine(self) -> AsyncEngine:
+        async def connect() -> "asyncpg.Connection[asyncpg.Record]":
+            return await self.connect(statement_timeout=f"{READ_TIMEOUT_SECONDS}s", jit="off")
+
+        return create_async_engine(
+            "postgresql+asyncpg://",
+            async_creator=connect,
+            pool_size=READING_CONNECTIONS,
+            max_overflow=0,
+            pool_timeout=ACQUIRE_TIMEOUT_SECONDS,
+            pool_pre_ping=True,
+            execution_options={"schema_translate_map": {None: self.schema}},
+        )
 
     async def fetch(self, name: str, *values: object, **parts: str) -> Sequence[asyncpg.Record]:
         """Run the statement `sql/<name>.sql` by itself: it is committed when this returns.

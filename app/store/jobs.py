@@ -10,7 +10,7 @@ connection died at the COMMIT itself, of unknown outcome.
 import json
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from functools import lru_cache
 from typing import Any, TypeVar
 from uuid import UUID
@@ -38,12 +38,9 @@ from app.store.partitions import Partitions
 REPLY_BYTES_MAX = 8 * 1024 * 1024
 """A lease reply stops at this much payload, so that its reader and ours need not hold more at once."""
 
-CLAIM_SLACK = 32
-"""How many jobs a claim looks at beyond those it takes: more than claims usually run at once."""
-
-# A day of difference between the clock that made an id and the database's is allowed for.
-_CLOCKS_APART = timedelta(days=1)
-_LONG_AGO = datetime(2000, 1, 1, tzinfo=UTC)
+CLAIM_SLACKS = (32, 256, 2048, 16_384)
+"""How many jobs a claim looks at beyond those it takes, to pass over what other claims hold at that moment: first a
+few, and more and more while others hold all that it saw."""
 
 T = TypeVar("T")
 
@@ -75,6 +72,14 @@ class Line:
 
     queue: str
     type: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Promoted:
+    """A job whose time has come, and where it stands in line now."""
+
+    job_id: UUID
+    line: Line
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,29 +163,36 @@ class Jobs:
         worker: str | None,
     ) -> Claim:
         """Take up to `max_jobs` ready jobs for `lease_seconds` each, or for as long as each job says."""
-        values: list[object] = [
-            self._clock(),
-            sorted(set(queues)),
-            max_jobs,
-            CLAIM_SLACK,
-            lease_seconds,
-            worker,
-            REPLY_BYTES_MAX,
-        ]
-        if types is None:
-            rows = await self._database.fetch(
-                "lease", *values, lines="unnest($2::text[]) AS line(queue)", same_type=""
-            )
-        else:
+        parts = {"lines": "unnest($2::text[]) AS line(queue)", "same_type": ""}
+        more: list[object] = []
+        if types is not None:
+            parts = {
+                "lines": "(SELECT * FROM unnest($2::text[]) AS q(queue), unnest($8::text[]) AS t(type)) AS line",
+                "same_type": "AND r.type = line.type",
+            }
+            more = [sorted(set(types))]
+        lines = sorted(set(queues))
+        contended = False
+        for slack in CLAIM_SLACKS:
             rows = await self._database.fetch(
                 "lease",
-                *values,
-                sorted(set(types)),
-                lines="(SELECT * FROM unnest($2::text[]) AS q(queue), unnest($8::text[]) AS t(type)) AS line",
-                same_type="AND r.type = line.type",
+                self._clock(),
+                lines,
+                max_jobs,
+                slack,
+                lease_seconds,
+                worker,
+                REPLY_BYTES_MAX,
+                *more,
+                **parts,
             )
-        leased = [_leased(row) for row in rows if row["id"] is not None]
-        return Claim(jobs=leased, contended=not leased and rows[0]["seen"] > 0)
+            leased = [_leased(row) for row in rows if row["id"] is not None]
+            if leased:
+                return Claim(jobs=leased, contended=False)
+            contended = rows[0]["seen"] > 0
+            if rows[0]["seen"] < max_jobs + slack:
+                break  # it saw all there is
+        return Claim(jobs=[], contended=contended)
 
     async def ack(self, acks: Sequence[Ack]) -> dict[UUID, Job]:
         """Finish jobs; return those whose lease still stood, by id."""
@@ -232,17 +244,17 @@ class Jobs:
 
     async def recorded(self, job_id: UUID, lease_id: UUID) -> Recorded | None:
         """Return how the attempt under this lease ended; None when it has not, or never was."""
-        for row in await self._database.fetch("recorded", job_id, lease_id, earliest(job_id)):
+        for row in await self._database.fetch("recorded", job_id, lease_id):
             return Recorded(
                 verb=None if row["verb"] is None else Verb(row["verb"]),
                 settled=Settled(state=State(row["state"]), run_at=row["run_at"]),
             )
         return None
 
-    async def promote(self, limit: int) -> dict[Line, int]:
-        """Make up to `limit` delayed jobs ready whose time has come; return how many by line."""
+    async def promote(self, limit: int) -> list[Promoted]:
+        """Make up to `limit` delayed jobs ready whose time has come; return them."""
         rows = await self._database.fetch("promote", self._clock(), limit)
-        return {Line(row["queue"], row["type"]): row["count"] for row in rows}
+        return [Promoted(row["id"], Line(row["queue"], row["type"])) for row in rows]
 
     async def cancel(self, job_id: UUID) -> Moved | None:
         """Cancel a waiting job, or ask for the end of an active one (then the state left is ACTIVE)."""
@@ -254,7 +266,7 @@ class Jobs:
 
     async def delete(self, job_id: UUID) -> Moved | None:
         """Remove a terminal job and its attempts."""
-        return _moved(await self._database.fetch("delete", job_id, earliest(job_id)))
+        return _moved(await self._database.fetch("delete", job_id))
 
     async def survive_outage(self, longer_than_seconds: float, at_most_seconds: float) -> int:
         """Note that the reaper is at work, and first give leases back what an outage took; return how many."""
@@ -265,6 +277,8 @@ class Jobs:
     async def fold(self, limit: int) -> int:
         """Add up to `limit` deltas to the counts; return how many."""
         folded: int = (await self._database.fetch("fold", limit))[0]["count"]
+        if folded:
+            await self._database.fetch("forget_queues")
         return folded
 
     async def retain_dead(self, retention_seconds: float, limit: int) -> int:
@@ -338,15 +352,6 @@ class Jobs:
         except asyncpg.CheckViolationError:
             await self._partitions.ensure(await self.now())
             return await write()
-
-
-def earliest(job_id: UUID) -> datetime:
-    """Return an instant before which the job of this UUIDv7 can not have ended: it spares looking at older days."""
-    milliseconds = job_id.int >> 80
-    try:
-        return datetime.fromtimestamp(milliseconds / 1000, UTC) - _CLOCKS_APART
-    except (ValueError, OverflowError, OSError):
-        return _LONG_AGO
 
 
 def job_of(row: Any) -> Job:

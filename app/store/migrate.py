@@ -50,7 +50,7 @@ async def _run(database: Database, direction: Callable[[Config, str], None], rev
 
     try:
         with unavailable_when_away():
-            async with database.reading.connect() as connection:
+            async with database.patient() as connection:
                 await connection.run_sync(run)
                 await connection.commit()
     except CommandError as error:

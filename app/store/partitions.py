@@ -4,16 +4,17 @@ Dropping a day costs the same whatever it holds; deleting its rows would not.
 """
 
 from datetime import UTC, date, datetime, time, timedelta
-from functools import partial
 
-import asyncpg
+from sqlalchemy import text
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.ext.asyncio import AsyncConnection
 
-from app.queue.errors import UnavailableError
 from app.queue.lifecycle import State
-from app.store.database import Database, Transaction
+from app.store.database import Database, Transaction, unavailable_when_away
 from app.store.schema import PARTITIONED, history
 
 DAYS_AHEAD = 14
+LOCK_NOT_AVAILABLE = "55P03"
 LOCK_TIMEOUT = "200ms"
 """A partition waits this long for its table, and no longer: the verbs would queue up behind it."""
 
@@ -23,6 +24,15 @@ SELECT child.relname
   JOIN pg_class AS child ON child.oid = i.inhrelid
  WHERE i.inhparent = ($1 || '.' || $2)::regclass
 """
+
+_DAYS = """
+SELECT c.relname
+  FROM pg_class AS c
+  JOIN pg_namespace AS n ON n.oid = c.relnamespace
+ WHERE n.nspname = $1 AND c.relkind = 'r' AND c.relname ~ ('^' || $2 || '$')
+"""
+_ATTACHED = "SELECT relispartition FROM pg_class WHERE oid = to_regclass(:day)"
+_ONE_AT_A_TIME = "SELECT pg_advisory_xact_lock(hashtextextended('leaseq partitions ' || :schema, 0))"
 
 
 class Partitions:
@@ -54,24 +64,54 @@ class Partitions:
     async def drop_before(self, now: datetime, retention_seconds: float, table_name: str) -> int:
         """Drop the days of one table that ended longer ago than the retention; return how many.
 
-        What the dropped days of `history` held is taken off the counts in the same transaction. A day whose table
-        is busy stays for the next time.
+        A day is taken off its table first, which needs a moment's lock: a busy one stays for the next time. Then
+        nobody else can reach it, and what it held is counted and taken off the counts as it is dropped. A process
+        that dies in between leaves a day by itself, which the next one drops.
         """
-        oldest = (now - timedelta(seconds=retention_seconds)).date()
+        oldest = _partition(table_name, (now - timedelta(seconds=retention_seconds)).date())
+        past = [name for name in await self._tables(table_name) if name < oldest]
         dropped = 0
-        for name in await self._listed(table_name):
-            if name >= _partition(table_name, oldest):
-                continue
-            try:
-                await self._database.transact(partial(self._drop, name, table_name))
-            except asyncpg.UndefinedTableError:
-                continue  # another process was faster
-            except UnavailableError as error:
-                if not isinstance(error.__cause__, asyncpg.LockNotAvailableError):
-                    raise
-                continue
-            dropped += 1
+        if past:
+            async with self._database.patient() as connection:
+                for name in past:
+                    dropped += await self._drop(connection, name, table_name)
         return dropped
+
+    async def _drop(self, connection: AsyncConnection, name: str, table_name: str) -> bool:
+        day = f"{self._quoted}.{name}"
+        with unavailable_when_away():
+            try:
+                await self._exclusively(connection)
+                await connection.execute(text(f"SET LOCAL lock_timeout = '{LOCK_TIMEOUT}'"))
+                attached = await connection.scalar(text(_ATTACHED), {"day": day})
+                if attached is None:
+                    return False  # another process was faster
+                if attached:
+                    await connection.execute(
+                        text(f"ALTER TABLE {self._quoted}.{table_name} DETACH PARTITION {day}")
+                    )
+                    await connection.commit()
+                    await self._exclusively(connection)
+                    if await connection.scalar(text(_ATTACHED), {"day": day}) is None:
+                        return False
+                if table_name == history.name:
+                    await connection.execute(
+                        text(
+                            f"INSERT INTO {self._quoted}.deltas (queue, {State.COMPLETED})"
+                            f" SELECT queue, -count(*) FROM {day} GROUP BY queue"
+                        )
+                    )
+                await connection.execute(text(f"DROP TABLE {day}"))
+                await connection.commit()
+            except DBAPIError as error:
+                await connection.rollback()
+                if getattr(error.orig, "sqlstate", None) != LOCK_NOT_AVAILABLE:
+                    raise
+                return False
+        return True
+
+    async def _exclusively(self, connection: AsyncConnection) -> None:
+        await connection.execute(text(_ONE_AT_A_TIME), {"schema": self._database.schema})
 
     async def _complete(self, days: list[date]) -> bool:
         for table in PARTITIONED:
@@ -79,6 +119,15 @@ class Partitions:
             if any(_partition(table.name, day) not in present for day in days):
                 return False
         return True
+
+    async def _tables(self, table_name: str) -> list[str]:
+        """Return the days of a table, those too that have been taken off it and not been dropped yet."""
+
+        async def look(transaction: Transaction) -> list[str]:
+            rows = await transaction.query(_DAYS, self._database.schema, f"{table_name}_\\d{{8}}")
+            return [row["relname"] for row in rows]
+
+        return sorted(await self._database.transact(look))
 
     async def _listed(self, table_name: str) -> list[str]:
         async def look(transaction: Transaction) -> list[str]:
@@ -90,10 +139,7 @@ class Partitions:
         return [row["relname"] for row in await transaction.query(_LISTED, self._quoted, table_name)]
 
     async def _alone(self, transaction: Transaction) -> None:
-        await transaction.query(
-            "SELECT pg_advisory_xact_lock(hashtextextended('leaseq partitions ' || $1, 0))",
-            self._database.schema,
-        )
+        await transaction.query(_ONE_AT_A_TIME.replace(":schema", "$1"), self._database.schema)
         await transaction.query(f"SET LOCAL lock_timeout = '{LOCK_TIMEOUT}'")
 
     async def _make(self, transaction: Transaction, table_name: str, day: date) -> None:
@@ -111,15 +157,6 @@ class Partitions:
             f"ALTER TABLE {parent} ATTACH PARTITION {name} FOR VALUES FROM ('{begin}') TO ('{end}')"
         )
         await transaction.query(f"ALTER TABLE {name} DROP CONSTRAINT day")
-
-    async def _drop(self, name: str, table_name: str, transaction: Transaction) -> None:
-        if table_name == history.name:
-            await transaction.query(
-                f"INSERT INTO {self._quoted}.deltas (queue, {State.COMPLETED})"
-                f" SELECT queue, -count(*) FROM {self._quoted}.{name} GROUP BY queue"
-            )
-        await transaction.query(f"SET LOCAL lock_timeout = '{LOCK_TIMEOUT}'")
-        await transaction.query(f"DROP TABLE {self._quoted}.{name}")
 
 
 def _partition(table_name: str, day: date) -> str:

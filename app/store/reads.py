@@ -34,12 +34,13 @@ from sqlalchemy import (
     union_all,
 )
 from sqlalchemy.dialects.postgresql import ARRAY, TIMESTAMP
+from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.types import TypeEngine
 
 from app.queue.lifecycle import State
 from app.queue.model import PRIORITY_MAX, PRIORITY_MIN, Attempt, Job, JobFilter, Outcome
 from app.store.database import Database, unavailable_when_away
-from app.store.jobs import earliest, job_of
+from app.store.jobs import job_of
 from app.store.schema import (
     attempts,
     counts,
@@ -59,6 +60,7 @@ PAGE_BYTES_MAX = 8 * 1024 * 1024
 """A page stops at this much payload and result; the cursor goes on from there."""
 
 WORKERS_MAX = 100
+ATTEMPTS_MAX = 1000
 
 _BODY = (
     "payload",
@@ -92,9 +94,9 @@ class Reads:
 
     async def job(self, job_id: UUID) -> Job | None:
         """Return the job, wherever it stands."""
-        places = [place.subquery() for place in _places(frozenset(State), ended_after=earliest(job_id))]
+        places = [place.subquery() for place in _places(frozenset(State))]
         found = union_all(*(select(place).where(place.c.id == job_id) for place in places)).subquery()
-        rows = await self._all(select(*_shown(found)))
+        rows = await self._look(select(*_shown(found)))
         return job_of(rows[0]) if rows else None
 
     async def page(self, wanted: JobFilter, limit: int, before: UUID | None) -> tuple[list[Job], UUID | None]:
@@ -124,8 +126,10 @@ class Reads:
         return page, page[-1].id if more else None
 
     async def attempts(self, job_id: UUID) -> list[Attempt]:
-        """Return every attempt of the job that is still kept, the running one included, oldest first."""
-        since = earliest(job_id)
+        """Return the attempts of the job that are still kept, the running one included, oldest first.
+
+        Releases are not counted, so there is no end to them: the newest ATTEMPTS_MAX are returned.
+        """
         ended = select(
             attempts.c.attempt,
             attempts.c.worker,
@@ -133,7 +137,7 @@ class Reads:
             attempts.c.ended_at,
             attempts.c.outcome,
             attempts.c.error,
-        ).where(attempts.c.job_id == job_id, attempts.c.ended_at >= since)
+        ).where(attempts.c.job_id == job_id)
         acked = select(
             history.c.attempt,
             history.c.worker,
@@ -141,11 +145,12 @@ class Reads:
             history.c.finished_at,
             literal(Outcome.ACKED.value),
             null(),
-        ).where(history.c.id == job_id, history.c.finished_at >= since)
+        ).where(history.c.id == job_id)
         running = select(
             leases.c.attempt, leases.c.worker, leases.c.leased_at, cast(null(), _INSTANT), null(), null()
         ).where(leases.c.id == job_id)
-        rows = await self._all(union_all(ended, acked, running).order_by("started_at"))
+        newest = union_all(ended, acked, running).order_by(text("started_at DESC")).limit(ATTEMPTS_MAX)
+        rows = reversed(await self._look(newest))
         return [
             Attempt(
                 attempt=row["attempt"],
@@ -222,15 +227,22 @@ class Reads:
 
     async def ping(self) -> None:
         """Ask the database for a sign of life, in our own schema."""
-        await self._all(select(maintenance.c.task).limit(1))
+        await self._look(select(maintenance.c.task).limit(1))
+
+    async def _look(self, statement: Any) -> Sequence[RowMapping]:
+        return await _rows(self._database.looking, statement)
 
     async def _all(self, statement: Any) -> Sequence[RowMapping]:
-        with unavailable_when_away():
-            async with self._database.reading.connect() as connection:
-                return (await connection.execute(statement)).mappings().all()
+        return await _rows(self._database.reading, statement)
 
 
-def _places(states: frozenset[State], ended_after: datetime | None) -> list[Select[Any]]:
+async def _rows(engine: AsyncEngine, statement: Any) -> Sequence[RowMapping]:
+    with unavailable_when_away():
+        async with engine.connect() as connection:
+            return (await connection.execute(statement)).mappings().all()
+
+
+def _places(states: frozenset[State], ended_after: datetime | None = None) -> list[Select[Any]]:
     """Return a SELECT for each table that may hold a job in one of the states, all with the same columns."""
     places: list[Select[Any]] = []
     if State.READY in states:

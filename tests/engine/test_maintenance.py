@@ -9,13 +9,13 @@ import pytest
 from uuid_utils.compat import uuid7
 
 from app.engine.maintenance import BATCH, OUTAGE_SECONDS_MAX, STEPS_PER_ROUND
-from app.queue.events import AttemptEnded, JobsPromoted, MaintenanceFailed, MaintenanceRan
+from app.queue.events import AttemptEnded, JobPromoted, MaintenanceFailed, MaintenanceRan
 from app.queue.lifecycle import State
 from app.queue.model import JobRequest, Outcome
 from app.queue.policy import resolve
 from tests.conftest import NEVER_SECONDS, Replica, World
 
-TASKS = ["days", "reap", "promote", "fold", "retain"]
+TASKS = {"days", "reap", "promote", "fold", "retain"}
 
 MANY_SCHEDULED = """
 WITH many AS (
@@ -51,7 +51,7 @@ async def test_round_with_nothing_to_do_changes_nothing_and_tells_of_every_task(
     before = len(settled.events.of(MaintenanceRan))
     assert await settled.maintain() == dict.fromkeys(TASKS, 0)
     ran = settled.events.of(MaintenanceRan)[before:]
-    assert [(event.task, event.changed) for event in ran] == [(task, 0) for task in TASKS]
+    assert sorted((event.task, event.changed) for event in ran) == [(task, 0) for task in sorted(TASKS)]
 
 
 async def test_due_jobs_become_ready_at_their_time_and_not_before(settled: Replica):
@@ -62,8 +62,8 @@ async def test_due_jobs_become_ready_at_their_time_and_not_before(settled: Repli
     settled.clock.set(due_at)
     assert (await settled.maintain())["promote"] == 1
     assert (await settled.job(job["id"]))["state"] == "ready"
-    [event] = settled.events.of(JobsPromoted)
-    assert (event.queue, event.type, event.count) == ("q", "default", 1)
+    [event] = settled.events.of(JobPromoted)
+    assert (str(event.job_id), event.queue, event.type) == (job["id"], "q", "default")
 
 
 async def test_leases_end_at_their_time_and_not_before(settled: Replica):
@@ -111,9 +111,9 @@ async def test_days_are_looked_after_now_and_then_only(world: World):
     await connection.execute(f"DROP TABLE {tomorrow}")
     assert (await queue.maintain())["days"] == 0
     another = await world.replica()
-    [first, *_] = await another.events.wait_for(MaintenanceRan)
+    ran = await another.events.wait_for(MaintenanceRan, len(TASKS))
     # A process that starts makes what is missing before it does anything else.
-    assert (first.task, first.changed) == ("days", 0)
+    assert [event.changed for event in ran if event.task == "days"] == [0]
     assert await connection.fetchval("SELECT to_regclass($1) IS NOT NULL", tomorrow)
 
 
@@ -152,7 +152,7 @@ async def test_task_that_fails_does_not_stop_the_others_and_is_tried_again(
     connection = await world.connect()
     await connection.execute(f"ALTER TABLE {table} RENAME TO away")
     changed = await settled.machine.service.maintenance.run_once()
-    assert list(changed) == [each for each in TASKS if each != task]
+    assert changed.keys() == TASKS - {task}
     [failed] = settled.events.of(MaintenanceFailed)
     assert failed.task == task
     assert "UndefinedTableError" in failed.error
@@ -198,7 +198,9 @@ async def test_rounds_of_several_processes_at_once_do_everything_once(world: Wor
 async def test_round_comes_after_round_without_being_asked(world: World):
     queue = await world.replica(maintenance_seconds=0.01)
     ran = await queue.events.wait_for(MaintenanceRan, 3 * len(TASKS))
-    assert [event.task for event in ran[: 3 * len(TASKS)]] == TASKS * 3
+    tasks = [event.task for event in ran[: 3 * len(TASKS)]]
+    assert {task: tasks.count(task) for task in TASKS} == dict.fromkeys(TASKS, 3)
+    assert set(tasks[: len(TASKS)]) == TASKS
 
 
 async def test_rounds_go_on_after_a_round_that_failed(world: World):

@@ -480,15 +480,17 @@ async def test_poll_that_fails_is_logged_and_tries_again(world: World):
     assert {line["event"] for line in logged if line["log_level"] == "warning"} == {"poll_failed"}
 
 
-async def test_job_that_a_claim_let_go_again_is_found_by_the_poll(world: World):
-    queue = await world.replica(poll_seconds=QUICK_POLL_SECONDS)
+async def test_job_that_another_claim_lets_go_again_goes_to_a_waiting_lease(queue: Replica, world: World):
+    job = await queue.enqueue()
     connection = await world.connect()
     async with connection.transaction():
-        job_id = await store_silently(queue)
         await connection.execute("SELECT FROM ready FOR UPDATE")
         assert await queue.lease() == []
-        leasing = await waiting(queue)
-    assert ids(await leasing) == [job_id]
+        leasing = asyncio.create_task(queue.lease(wait_seconds=30))
+        async with asyncio.timeout(10):
+            while not queue.machine.service.wakeups.waiters:
+                await asyncio.sleep(0.002)
+    assert [leased["id"] for leased in await leasing] == [job["id"]]
 
 
 async def test_jobs_that_others_are_taking_are_passed_over(queue: Replica, world: World):

@@ -27,30 +27,6 @@ from tests.store.conftest import holding, idle_replica
 
 class TestUrl:
     @pytest.mark.parametrize(
-        ("url", "arguments"),
-        [
-            ("postgresql://u:p@h:5433/d", {"dsn": "postgresql://u:p@h:5433/d"}),
-            ("postgres://h/d", {"dsn": "postgresql://h/d"}),
-            ("postgresql+asyncpg://h/d", {"dsn": "postgresql://h/d"}),
-            ("postgresql:///d?host=%2Frun%2Fpg", {"dsn": "postgresql:///d?host=%2Frun%2Fpg"}),
-            ("postgresql://[::1]/d?sslmode=require", {"dsn": "postgresql://[::1]/d?sslmode=require"}),
-            (
-                "host=h port=5433 dbname=d user=u password='p w' sslmode=disable",
-                {
-                    "host": "h",
-                    "port": 5433,
-                    "database": "d",
-                    "user": "u",
-                    "password": "p w",
-                    "ssl": "disable",
-                },
-            ),
-        ],
-    )
-    def test_has_either_of_libpqs_forms(self, url: str, arguments: dict[str, object]):
-        assert connect_arguments(url) == arguments
-
-    @pytest.mark.parametrize(
         ("url", "words"),
         [
             ("mysql://u:secret@h/d", "must begin with postgresql://"),

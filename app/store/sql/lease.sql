@@ -3,8 +3,8 @@
 --
 -- `candidate` only reads: the head of each line at each level of priority, merged. It takes $4 more than asked, so
 -- that what other claims have locked at this moment can be passed over. `taken` locks one by one and stops at the
--- limit: nothing that is not handed out is ever kept from another claim. Rows of `ready` are never updated, so
--- their ctid stays theirs for the length of this statement.
+-- limit: what is not handed out is not kept from other claims (but for what no reply has room for, until the
+-- COMMIT). Rows of `ready` are never updated, so their ctid stays theirs for the length of this statement.
 -- A reply stops before $7 bytes of payload, though never before its first job.
 -- There is always one row: `seen` tells an empty line from a line that others hold at this moment.
 WITH candidate AS MATERIALIZED (

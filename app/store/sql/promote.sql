@@ -22,6 +22,4 @@ WITH due AS MATERIALIZED (
     FROM gone
    GROUP BY queue
 )
-SELECT queue, type, count(*) AS count
-  FROM gone
- GROUP BY queue, type
+SELECT id, queue, type FROM gone
