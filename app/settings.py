@@ -38,7 +38,7 @@ class Settings(BaseSettings):
         default="leaseq",
         validation_alias=f"{PREFIX}SCHEMA",
         min_length=1,
-        pattern=r"^[^\x00\"{}]+$",
+        pattern=r"^[^\x00\"{}\[\]]+$",
         description="the schema that holds the tables",
     )
     data_dir: Path = Field(default=Path(".leaseq"), description="where the embedded PostgreSQL lives")
