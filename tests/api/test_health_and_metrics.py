@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from typing import Any
+from uuid import uuid4
 
 import asyncpg
 import pytest
@@ -15,7 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from sqlalchemy import event
 from uuid_utils.compat import uuid7
 
-from app.queue.events import JobEnqueued, JobsPromoted, MaintenanceRan
+from app.queue.events import JobEnqueued, JobPromoted, MaintenanceRan
 from app.queue.lifecycle import State
 from app.queue.model import JobRequest
 from app.queue.policy import resolve
@@ -361,7 +362,7 @@ def test_a_gauge_of_a_queue_that_has_gone_goes_too():
 
 
 def test_events_that_are_no_metric_are_no_error():
-    Metrics().on(JobsPromoted(queue="q", type="t", count=1))
+    Metrics().on(JobPromoted(job_id=uuid4(), queue="q", type="t"))
 
 
 async def test_a_scrape_reads_as_many_rows_with_ten_thousand_jobs_as_with_a_hundred(

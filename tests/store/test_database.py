@@ -33,10 +33,9 @@ class TestUrl:
             ("postgresql://u:secret@[::1/d", "not a URL"),
             ("secret", "neither"),
             ("dbname='secret", "neither"),
-            ("dbname=d password=secret colour=red", "unknown word 'colour'"),
+            ("dbname=d password=secret colour=red", "unknown parameter"),
             ("dbname=d password=secret port=abc", "(?i)port"),
-            ("postgresql://u:secret@h:abc/d", "(?i)port"),
-            ("postgresql://u:secret@h:99999/d", "(?i)port"),
+            ("postgresql://u:secret@h:abc/d", "not a URL"),
         ],
     )
     def test_that_is_wrong_is_refused_with_a_sentence_that_keeps_the_password(self, url: str, words: str):

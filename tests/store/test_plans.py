@@ -206,22 +206,13 @@ CONDITIONS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def databases(cluster_url: str, template_url: str) -> Iterator[dict[str, Seeded]]:
-    """The databases that are looked at here, each made when it is first wanted."""
-    assert template_url
-    made = _Databases(cluster_url)
-    yield made
-    for condition in made:
+    """The databases that are looked at here."""
+    assert TEMPLATE in template_url
+    yield {
+        condition: make(cluster_url, database_name(condition), **how) for condition, how in CONDITIONS.items()
+    }
+    for condition in CONDITIONS:
         asyncio.run(drop(cluster_url, database_name(condition)))
-
-
-class _Databases(dict[str, Seeded]):
-    def __init__(self, cluster_url: str) -> None:
-        super().__init__()
-        self._cluster_url = cluster_url
-
-    def __missing__(self, condition: str) -> Seeded:
-        self[condition] = make(self._cluster_url, database_name(condition), **CONDITIONS[condition])
-        return self[condition]
 
 
 @pytest.fixture(params=CONDITIONS)
@@ -362,10 +353,11 @@ class TestOperating:
         assert plan.rows == (1 if seeded.ready else 0)
 
     async def test_retry_and_delete_look_their_job_up(self, databases: dict[str, Seeded], seeded: Seeded):
-        for verb in (Jobs.retry, Jobs.delete):
-            values = await asked(
-                databases["empty_never_analysed"], lambda jobs, verb=verb: verb(jobs, uuid4())
-            )
+        empty = databases["empty_never_analysed"]
+        for values in (
+            await asked(empty, lambda jobs: jobs.retry(uuid4())),
+            await asked(empty, lambda jobs: jobs.delete(uuid4())),
+        ):
             (await seeded.explain_text(*values)).assert_reads_only_what_it_takes(0)
 
 

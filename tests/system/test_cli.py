@@ -83,6 +83,8 @@ def test_what_is_no_command_is_a_wrong_usage(
         pytest.param("QUEUE_HOST", "192.0.2.1", "QUEUE_AUTH=off", id="open to strangers"),
         pytest.param("DATABASE_URL", "mysql://h/d", "must begin with postgresql://", id="other database"),
         pytest.param("DATABASE_URL", "host=h nonsense=1", "unknown", id="unknown word"),
+        pytest.param("DATABASE_URL", "postgresql://h:port/d", "not a URL", id="port is no number"),
+        pytest.param("DATABASE_URL", "postgresql://h/d?sslmode=maybe", "sslmode", id="no such sslmode"),
     ],
 )
 @pytest.mark.parametrize("command", ["serve", "migrate", "maintain"])
@@ -100,21 +102,6 @@ async def test_wrong_setting_ends_the_process_before_anything_is_made(processes:
     assert code == 1
     assert "QUEUE_PORT is '99999'" in sentence(said)
     assert not data_dir.exists()
-
-
-@pytest.mark.parametrize(
-    ("url", "told"),
-    [
-        pytest.param("postgresql://127.0.0.1:port/d", "port", id="port is no number"),
-        pytest.param("postgresql://127.0.0.1/d?sslmode=maybe", "sslmode", id="no such sslmode"),
-    ],
-)
-async def test_option_of_the_url_that_makes_no_sense_is_told_in_one_sentence(
-    url: str, told: str, processes: Processes
-):
-    code, said = await processes.run("migrate", DATABASE_URL=url)
-    assert code == 1
-    assert told in sentence(said)
 
 
 @pytest.mark.parametrize("arguments", [("serve",), ("maintain", "--once")])
@@ -211,7 +198,12 @@ async def test_maintain_once_tells_how_many_rows_each_task_changed(world: World,
     connection = await world.connect()
     await connection.execute("UPDATE leases SET expires_at = now() WHERE id = $1", job["id"])
     code, said = await processes.run(
-        "maintain", "--once", DATABASE_URL=world.database_url, QUEUE_LOG_LEVEL="error"
+        "maintain",
+        "--once",
+        DATABASE_URL=world.database_url,
+        QUEUE_LOG_LEVEL="error",
+        # However long the process takes to start, it is no outage that leases get their time back for.
+        QUEUE_MAINTENANCE_SECONDS=3600,
     )
     assert code == 0, said
     changed = {task: int(count) for task, count in (line.split() for line in said.splitlines())}
