@@ -224,7 +224,7 @@ CREATE TABLE ready (
 )
  WITH (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_cost_delay = 0, autovacuum_analyze_scale_factor = 0, autovacuum_analyze_threshold = 50000, vacuum_truncate = off, autovacuum_vacuum_threshold = 2000, vacuum_index_cleanup = on);
 CREATE INDEX ready_by_queue ON ready (queue, priority, since);
-CREATE INDEX ready_by_type ON ready (queue, type, priority, since);
+CREATE INDEX ready_by_type ON ready ((queue || '/' || type), priority, since);
 
 CREATE TABLE scheduled (
     id UUID NOT NULL,

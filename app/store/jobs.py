@@ -163,12 +163,12 @@ class Jobs:
         worker: str | None,
     ) -> Claim:
         """Take up to `max_jobs` ready jobs for `lease_seconds` each, or for as long as each job says."""
-        parts = {"lines": "unnest($2::text[]) AS line(queue)", "same_type": ""}
+        parts = {"lines": "unnest($2::text[]) AS line(queue)", "same_line": "r.queue = line.queue"}
         more: list[object] = []
         if types is not None:
             parts = {
                 "lines": "(SELECT * FROM unnest($2::text[]) AS q(queue), unnest($8::text[]) AS t(type)) AS line",
-                "same_type": "AND r.type = line.type",
+                "same_line": "(r.queue || '/' || r.type) = line.queue || '/' || line.type",
             }
             more = [sorted(set(types))]
         lines = sorted(set(queues))

@@ -16,7 +16,7 @@ WITH candidate AS MATERIALIZED (
            CROSS JOIN LATERAL (
                   SELECT r.ctid AS tid, r.since
                     FROM {schema}.ready AS r
-                   WHERE r.queue = line.queue {same_type} AND r.priority = level.priority
+                   WHERE {same_line} AND r.priority = level.priority
                    ORDER BY r.since
                    LIMIT $3::int + $4::int) AS probe
            ORDER BY probe.since

@@ -4,5 +4,5 @@ SELECT line.queue, line.type, found.count
  CROSS JOIN LATERAL (
         SELECT count(*) AS count
           FROM (SELECT FROM {schema}.ready AS r
-                 WHERE r.queue = line.queue AND r.type = line.type LIMIT line.waiters) AS some) AS found
+                 WHERE (r.queue || '/' || r.type) = line.queue || '/' || line.type LIMIT line.waiters) AS head) AS found
  WHERE found.count > 0
