@@ -5,7 +5,9 @@ import re
 import structlog
 from fastapi import FastAPI
 from fastapi.routing import APIRoute
+from prometheus_client import Counter
 from prometheus_fastapi_instrumentator import Instrumentator
+from prometheus_fastapi_instrumentator.metrics import Info, default
 from starlette.datastructures import MutableHeaders
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -21,8 +23,8 @@ REQUEST_ID = re.compile("[A-Za-z0-9._-]{1,128}")
 
 ENVELOPE_BYTES_MAX = 64 * 1024
 
-# Long polls last as long as their wait, probes and scrapes are nobody's work: none belongs in the latencies.
-NOT_TIMED = ["^/lease$", "^/metrics$", "^/health"]
+LEASE = "/lease"
+NOBODYS_WORK = ["^/metrics$", "^/health"]
 
 
 class RequestIds:
@@ -74,11 +76,25 @@ def create_app(service: Service, metrics: Metrics, *, body_bytes_max: int, paylo
     app.include_router(operate.router(service, metrics))
     problems.install(app)
     app.add_middleware(RequestIds)
-    Instrumentator(
-        excluded_handlers=NOT_TIMED, should_group_untemplated=True, registry=metrics.registry
-    ).instrument(app, metric_namespace="leaseq")
+    _instrument(app, metrics)
     app.openapi = lambda: _document(app, thin)  # type: ignore[method-assign]  # FastAPI's documented way
     return app
+
+
+def _instrument(app: FastAPI, metrics: Metrics) -> None:
+    timed = default(metric_namespace="leaseq", registry=metrics.registry)
+    leases = Counter("leaseq_lease_requests", "Leases answered", ["status"], registry=metrics.registry)
+
+    def count(info: Info) -> None:
+        if info.modified_handler == LEASE:
+            # A long poll lasts as long as its wait: it is counted, but does not belong in the latencies.
+            leases.labels(info.modified_status).inc()
+        elif timed is not None:
+            timed(info)
+
+    Instrumentator(
+        excluded_handlers=NOBODYS_WORK, should_group_untemplated=True, registry=metrics.registry
+    ).add(count).instrument(app)
 
 
 def _document(app: FastAPI, thin: list[ThinRoute]) -> dict[str, object]:

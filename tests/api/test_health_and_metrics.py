@@ -317,6 +317,7 @@ async def test_requests_are_timed_by_route_and_neither_long_polls_nor_probes_are
     assert handlers == {"/jobs", "/jobs/{job_id}", "none"}
     [totals] = [of for name, of in timed.items() if name == "leaseq_http_requests_total"]
     assert totals[("handler", "/jobs"), ("method", "POST"), ("status", "2xx")] == 1
+    assert seen.samples["leaseq_lease_requests_total"][("status", "2xx"),] == 1
 
 
 async def test_no_label_takes_its_value_from_what_a_client_makes_up(queue: Replica):

@@ -170,7 +170,7 @@ async def test_migrate_goes_down_only_where_no_job_is_lost(world: World, process
 
 async def test_migrate_goes_down_and_up_again(cluster_url: str, template_url: str, processes: Processes):
     admin = await asyncpg.connect(cluster_url)
-    name = "leaseq_down_and_up"
+    name = f"leaseq_down_and_up_{os.getpid()}"
     await admin.execute(f"CREATE DATABASE {name} TEMPLATE {urlsplit(template_url).path[1:]}")
     try:
         url = with_database(cluster_url, name)

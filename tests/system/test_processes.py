@@ -1,6 +1,7 @@
 """Processes as an operator runs them: replicas, signals, the embedded server, a second program beside a service."""
 
 import asyncio
+import os
 import re
 import signal
 import subprocess
@@ -203,7 +204,7 @@ async def test_job_promoted_by_another_program_goes_to_a_waiting_lease(world: Wo
 async def test_replicas_that_start_together_on_an_empty_database_migrate_it_once(
     cluster_url: str, processes: Processes
 ):
-    name = "leaseq_empty"
+    name = f"leaseq_empty_{os.getpid()}"
     admin = await asyncpg.connect(cluster_url)
     await admin.execute(f"CREATE DATABASE {name} TEMPLATE template0")
     try:
