@@ -3,12 +3,13 @@
 import asyncio
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, TypeVar
 
 import typer
+import uvloop
 import yaml
 
 from app.main import Machine, NotMigratedError, Server, build, connected, serve
@@ -18,6 +19,8 @@ from app.store.database import Database
 from app.store.embedded import EmbeddedDatabaseError, embedded_database
 from app.store.migrate import MigrationError, downgrade, upgrade
 from app.telemetry import configure_logging
+
+T = TypeVar("T")
 
 OPENAPI_FILE = Path(__file__).resolve().parents[1] / "openapi.yaml"
 
@@ -35,7 +38,7 @@ cli = typer.Typer(
 def serve_command() -> None:
     """Serve the HTTP API and do the maintenance, until SIGINT or SIGTERM."""
     with _settings() as settings:
-        asyncio.run(serve(settings, _welcome))
+        _run(serve(settings, _welcome))
 
 
 @cli.command("migrate")
@@ -46,7 +49,7 @@ def migrate_command(
 ) -> None:
     """Bring the database's schema to what this version needs."""
     with _settings() as settings:
-        asyncio.run(_migrate(settings, to, down=down))
+        _run(_migrate(settings, to, down=down))
     typer.echo(f"The schema {settings.schema_name} is at {to}.")
 
 
@@ -56,7 +59,7 @@ def maintain_command(
 ) -> None:
     """Do the maintenance without serving: expired leases, due jobs, counts, retention."""
     with _settings() as settings:
-        changed = asyncio.run(_maintain(build(settings), once=once))
+        changed = _run(_maintain(build(settings), once=once))
     for task, count in changed.items():
         typer.echo(f"{task:8} {count}")
 
@@ -115,6 +118,11 @@ def _settings() -> Iterator[Settings]:
         MigrationError,
     ) as error:
         _stop(str(error))
+
+
+def _run(work: Coroutine[Any, Any, T]) -> T:
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(work)
 
 
 def _stop(sentence: str) -> None:

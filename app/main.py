@@ -152,6 +152,8 @@ class Server(uvicorn.Server):
         finally:
             for number in (signal.SIGINT, signal.SIGTERM):
                 loop.remove_signal_handler(number)
+                # It stops already: another signal must not keep the rest, such as the database, from being stopped.
+                signal.signal(number, signal.SIG_IGN)
 
 
 async def serve(settings: Settings, ready: Callable[[Server], None]) -> None:
@@ -161,13 +163,18 @@ async def serve(settings: Settings, ready: Callable[[Server], None]) -> None:
     """
     async with running(build(settings)) as machine:
         server = Server(machine)
-        serving = asyncio.create_task(server.serve())
+        serving = asyncio.create_task(_serve_until_stopped(server))
         while not server.started and not serving.done():  # noqa: ASYNC110  # uvicorn has no event for it
             await asyncio.sleep(0.01)
         if server.started:
             ready(server)
-        try:
-            await serving
-        except SystemExit:
-            message = f"The address {settings.host}:{settings.port} can not be served on: is it taken?"
-            raise UnavailableError(message) from None
+        await serving
+
+
+async def _serve_until_stopped(server: Server) -> None:
+    try:
+        await server.serve()
+    except SystemExit:
+        # Caught here: out of a task it would leave the event loop, past everybody who awaits the task.
+        message = f"The address {server.config.host}:{server.config.port} can not be served on: is it taken?"
+        raise UnavailableError(message) from None

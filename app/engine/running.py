@@ -8,6 +8,7 @@ from typing import Any
 import structlog
 
 RESTART_SECONDS = 1.0
+CANCEL_AGAIN_SECONDS = 1.0
 
 log = structlog.get_logger(__name__)
 
@@ -20,18 +21,20 @@ class Component(ABC):
 
     def __init__(self) -> None:
         self._task: asyncio.Task[None] | None = None
+        self._turn = asyncio.Lock()
 
     async def start(self) -> None:
         """Begin to run, unless it runs already."""
-        if self._task is None:
-            self._task = asyncio.create_task(self._keep_running(), name=type(self).__name__)
+        async with self._turn:
+            if self._task is None:
+                self._task = asyncio.create_task(self._keep_running(), name=type(self).__name__)
 
     async def stop(self) -> None:
         """End the task and wait for its end."""
-        task, self._task = self._task, None
-        if task is not None:
-            task.cancel()
-            await asyncio.wait({task})
+        async with self._turn:
+            if self._task is not None:
+                await _end(self._task)
+                self._task = None
 
     async def _keep_running(self) -> None:
         while True:
@@ -64,9 +67,16 @@ class TaskOwner:
         if self._tasks:
             _, late = await asyncio.wait(self._tasks, timeout=within_seconds)
             for task in late:
-                task.cancel()
+                await _end(task)
 
     def _ended(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("background_work_failed", error=repr(error))
+
+
+async def _end(task: "asyncio.Task[Any]") -> None:
+    # Told again until it has ended: a cancellation that meets an error at the same moment is lost.
+    while not task.done():
+        task.cancel()
+        await asyncio.wait({task}, timeout=CANCEL_AGAIN_SECONDS)

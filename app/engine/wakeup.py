@@ -244,8 +244,15 @@ class Wakeups(Component):
                 await connection.execute("SELECT 1")
                 continue
             self._to_say.clear()
-            hints, self._hints = self._hints, {}
-            await connection.execute("SELECT pg_notify($1, $2)", self._channel, self._message(hints))
+            message = self._message(self._hints)
+            said, self._hints = self._hints, {}
+            try:
+                await connection.execute("SELECT pg_notify($1, $2)", self._channel, message)
+            except Exception:
+                # They are said again over the next connection: one too many costs a look.
+                self._hints = {**said, **self._hints}
+                self._to_say.set()
+                raise
             await asyncio.sleep(HINT_PAUSE_SECONDS)
 
     def _message(self, hints: Mapping[Line, int]) -> str:
@@ -257,10 +264,15 @@ class Wakeups(Component):
         return message if len(message) <= HINT_BYTES_MAX else json.dumps({"from": self._origin, "look": True})
 
     def _heard(self, _connection: object, _pid: int, _channel: str, message: object) -> None:
-        said = json.loads(str(message))
-        if said["from"] == self._origin:
+        try:
+            said = json.loads(str(message))
+            if said["from"] == self._origin:
+                return
+            ready = [(Line(queue, type_), int(count)) for queue, type_, count in said.get("ready", ())]
+        except (ValueError, TypeError, KeyError, AttributeError):
+            log.warning("hint_not_understood")  # anybody in the database may send one
             return
         if said.get("look"):
             self._to_look.set()
-        for queue, type_, count in said.get("ready", ()):
-            self._room.call(Line(queue, type_), count)
+        for line, count in ready:
+            self._room.call(line, count)

@@ -191,11 +191,19 @@ def unavailable_when_away() -> Iterator[None]:
         yield
     except Exception as error:
         if is_away(error) or (error.__cause__ is not None and is_away(error.__cause__)):
-            message = (
-                "The database is away or overloaded. Whether anything has changed is not known; try again."
-            )
-            raise UnavailableError(message) from error
+            raise UnavailableError(_why(error)) from error
         raise
+
+
+def _why(error: BaseException | None) -> str:
+    while error is not None:
+        state = getattr(error, "sqlstate", None) or ""
+        if state.startswith("28"):
+            return "The database refuses the role or the password that DATABASE_URL names."
+        if state.startswith("3D"):
+            return "The database that DATABASE_URL names does not exist."
+        error = getattr(error, "orig", None) or error.__cause__
+    return "The database is away or overloaded. Whether anything has changed is not known; try again."
 
 
 async def _nothing_to_reset(_connection: object) -> None:
