@@ -190,10 +190,8 @@ def test_data_of_the_first_start_is_there_at_the_second(tmp_path: Path) -> None:
     ]
 
 
-def test_second_start_takes_less_than_a_second(data_dir: Path) -> None:
-    begin = time.monotonic()
+def test_without_options_the_server_is_durable(data_dir: Path) -> None:
     with embedded_database(data_dir) as url:
-        assert time.monotonic() - begin < 1.0
         assert (
             fetch(url, "SELECT current_setting('fsync') || current_setting('synchronous_commit')") == "onon"
         )
