@@ -144,6 +144,6 @@ Put a job in, take it, look at it:
   curl -s {at}/lease -H 'Content-Type: application/json' -d '{{"queues": ["emails"], "worker": "me"}}'
   curl -s '{at}/jobs?queue=emails'
 
-Ctrl-C stops it.
+A job that nobody acks within its lease (30 seconds) is given out again. Ctrl-C stops the service.
 """
     )

@@ -10,6 +10,7 @@
 import asyncio
 import re
 import shlex
+import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from functools import cache
@@ -202,6 +203,8 @@ def _why(error: BaseException | None) -> str:
             return "The database refuses the role or the password that DATABASE_URL names."
         if state.startswith("3D"):
             return "The database that DATABASE_URL names does not exist."
+        if isinstance(error, ConnectionError | socket.gaierror):
+            return "The database can not be reached at the address that DATABASE_URL names."
         error = getattr(error, "orig", None) or error.__cause__
     return "The database is away or overloaded. Whether anything has changed is not known; try again."
 

@@ -149,7 +149,11 @@ class Reads:
         running = select(
             leases.c.attempt, leases.c.worker, leases.c.leased_at, cast(null(), _INSTANT), null(), null()
         ).where(leases.c.id == job_id)
-        newest = union_all(ended, acked, running).order_by(text("started_at DESC")).limit(ATTEMPTS_MAX)
+        newest = (
+            union_all(ended, acked, running)
+            .order_by(text("started_at DESC, attempt DESC"))
+            .limit(ATTEMPTS_MAX)
+        )
         rows = reversed(await self._look(newest))
         return [
             Attempt(

@@ -45,9 +45,9 @@ async def test_slow_pages_leave_readiness_and_lost_leases_their_answers(world: W
     assert {page.status_code for page in await asyncio.gather(*pages)} == {200}
 
 
-async def test_a_claim_passes_over_a_thousand_jobs_in_other_hands(world: World):
+async def test_a_claim_passes_over_more_jobs_than_it_first_sees_in_other_hands(world: World):
     queue = await world.replica()
-    jobs = await asyncio.gather(*(queue.enqueue(payload=n) for n in range(400)))
+    jobs = [await queue.enqueue(payload=n) for n in range(60)]
     free = await queue.enqueue(payload="free")
     blocker = await world.connect()
     transaction = blocker.transaction()
