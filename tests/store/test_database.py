@@ -120,7 +120,7 @@ class TestFaults:
     )
     async def test_a_server_that_is_not_there_is_unavailable(self, url: str):
         database = Database(url, schema="leaseq")
-        with pytest.raises(UnavailableError, match="The database (is away|can not be reached)"):
+        with pytest.raises(UnavailableError, match=r"The database (is away|can not be reached)"):
             await database.start()
         await database.close()
 
