@@ -70,7 +70,7 @@ def openapi_command(
 ) -> None:
     """Write openapi.yaml from the routes."""
     settings = Settings(_env_file=None, database_url="postgresql://", host="127.0.0.1")
-    text = yaml.safe_dump(build(settings).app.openapi(), sort_keys=False, allow_unicode=True, width=110)
+    text = yaml.safe_dump(build(settings).api.app.openapi(), sort_keys=False, allow_unicode=True, width=110)
     if not check:
         OPENAPI_FILE.write_text(text)
     elif not OPENAPI_FILE.exists() or OPENAPI_FILE.read_text() != text:

@@ -10,9 +10,8 @@ from datetime import datetime
 
 import structlog
 import uvicorn
-from fastapi import FastAPI
 
-from app.api.app import create_app
+from app.api.app import Api, create_api
 from app.api.protocol import Protocol
 from app.engine.maintenance import Keeping
 from app.engine.service import Service
@@ -42,7 +41,7 @@ class Machine:
     database: Database
     jobs: Jobs
     service: Service
-    app: FastAPI
+    api: Api
 
 
 def build(
@@ -67,13 +66,13 @@ def build(
         poll_seconds=settings.poll_seconds,
         max_lease_waiters=settings.max_lease_waiters,
     )
-    app = create_app(
+    api = create_api(
         service,
         metrics,
         body_bytes_max=settings.max_body_bytes,
         payload_bytes_max=settings.max_payload_bytes,
     )
-    return Machine(settings, database, jobs, service, app)
+    return Machine(settings, database, jobs, service, api)
 
 
 @asynccontextmanager
@@ -115,7 +114,7 @@ class Server(uvicorn.Server):
         settings = machine.settings
         super().__init__(
             uvicorn.Config(
-                machine.app,
+                machine.api.front,
                 host=settings.host,
                 port=settings.port,
                 http=Protocol,

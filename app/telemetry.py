@@ -39,6 +39,9 @@ QUEUE_LABELS_MAX = 500
 """Queues beyond so many share one label, so that a flood of names does not become a flood of series."""
 OTHER_QUEUES = "_other"
 
+LEASE_PATH = "/lease"
+
+_REQUESTS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 _WAITS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 1800, 7200)
 _RUNS = (0.005, 0.01, 0.05, 0.1, 0.5, 1, 5, 10, 30, 60, 120, 300, 600, 1800, 3600, 7200)
 
@@ -89,6 +92,17 @@ class Metrics:
         self._runs = Histogram(
             "leaseq_run_seconds", "From leased to acked", ["queue"], buckets=_RUNS, registry=self.registry
         )
+        self._requests = self._counter(
+            "leaseq_http_requests", "Requests answered", "handler", "method", "status"
+        )
+        self._request_seconds = Histogram(
+            "leaseq_http_request_duration_seconds",
+            "From the request to the end of its answer, but for leases: they last as long as they wait",
+            ["handler", "method"],
+            buckets=_REQUESTS,
+            registry=self.registry,
+        )
+        self._request_metrics: dict[tuple[str, str, str], tuple[Counter, Histogram | None]] = {}
         self._maintenance = Histogram(
             "leaseq_maintenance_seconds", "One turn of a maintenance task", ["task"], registry=self.registry
         )
@@ -130,6 +144,18 @@ class Metrics:
                 self._maintenance_failures.labels(event.task).inc()
             case _:
                 pass
+
+    def request(self, handler: str, method: str, status: str, took_seconds: float) -> None:
+        """Note a request: its route's path, and its status as `2xx`."""
+        label = handler, method, status
+        found = self._request_metrics.get(label)
+        if found is None:
+            timed = None if handler == LEASE_PATH else self._request_seconds.labels(handler, method)
+            found = self._request_metrics[label] = (self._requests.labels(*label), timed)
+        count, seconds = found
+        count.inc()
+        if seconds is not None:
+            seconds.observe(took_seconds)
 
     def gauges_due(self) -> bool:
         """Whether the gauges are older than GAUGE_SECONDS; then the caller reads them anew and calls `show`."""

@@ -58,8 +58,13 @@ async def read_body(scope: Scope, receive: Receive, bytes_max: int) -> bytes:
 def decode(decoder: "msgspec.json.Decoder[T]", body: bytes) -> T:
     """Return the body as the decoder's type. Raises RequestError for what is no JSON, InvalidRequestError else."""
     check_json(body)
+    return validated(decoder, body)
+
+
+def validated(decoder: "msgspec.json.Decoder[T]", text: bytes) -> T:
+    """Return a text that `check_json` has seen as the decoder's type. Raises as `decode` does."""
     try:
-        return decoder.decode(body)
+        return decoder.decode(text)
     except msgspec.ValidationError as error:
         raise _invalid(str(error)) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:

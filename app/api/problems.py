@@ -56,28 +56,60 @@ class RequestError(QueueError):
         self.headers = headers
 
 
-def problem_response(
-    request: Request,
+def problem(
+    request_id: str,
     code: str,
     detail: str,
-    *,
     errors: Sequence[FieldProblem] = (),
     state: State | None = None,
-    headers: Mapping[str, str] | None = None,
-) -> Response:
-    """Make the answer for `code`."""
+) -> Problem:
+    """Make the problem for `code`."""
     status, title = CODES[code]
-    problem = Problem(
+    return Problem(
         type=TYPE_PREFIX + code,
         title=title,
         status=status,
         detail=detail,
         code=code,
-        request_id=getattr(request.state, "request_id", ""),
+        request_id=request_id,
         errors=list(errors),
         state=state,
     )
-    return Response(msgspec.json.encode(problem), status, headers, MEDIA_TYPE)
+
+
+def problem_of(request_id: str, error: QueueError) -> Problem:
+    """Make the problem that says what `error` does."""
+    match error:
+        case RequestError():
+            return problem(request_id, error.problem_code, str(error))
+        case InvalidRequestError():
+            return problem(
+                request_id, error.code, str(error), errors=[FieldProblem(error.field, error.message)]
+            )
+        case LeaseLostError() | WrongStateError():
+            return problem(request_id, error.code, str(error), state=error.state)
+        case _:
+            return problem(request_id, error.code, str(error))
+
+
+def internal(request_id: str) -> Problem:
+    """Make the problem for what should not have happened."""
+    return problem(request_id, "internal_error", "Something went wrong here; the log has the request id.")
+
+
+def headers_of(error: QueueError) -> dict[str, str]:
+    """Return the headers that go with `error`."""
+    match error:
+        case UnavailableError():
+            return {"Retry-After": str(error.retry_after_seconds)}
+        case RequestError():
+            return dict(error.headers or {})
+        case _:
+            return {}
+
+
+def _response(given: Problem, headers: Mapping[str, str] | None = None) -> Response:
+    return Response(msgspec.json.encode(given), given.status, headers, MEDIA_TYPE)
 
 
 def install(app: FastAPI) -> None:
@@ -88,21 +120,8 @@ def install(app: FastAPI) -> None:
 
 
 async def _queue_error(request: Request, error: Exception) -> Response:
-    match error:
-        case RequestError():
-            return problem_response(request, error.problem_code, str(error), headers=error.headers)
-        case InvalidRequestError():
-            errors = [FieldProblem(error.field, error.message)]
-            return problem_response(request, error.code, str(error), errors=errors)
-        case LeaseLostError() | WrongStateError():
-            return problem_response(request, error.code, str(error), state=error.state)
-        case UnavailableError():
-            headers = {"Retry-After": str(error.retry_after_seconds)}
-            return problem_response(request, error.code, str(error), headers=headers)
-        case QueueError():
-            return problem_response(request, error.code, str(error))
-        case _:
-            raise error
+    assert isinstance(error, QueueError)  # noqa: S101  # what the handler is registered for
+    return _response(problem_of(request.state.request_id, error), headers_of(error))
 
 
 async def _validation_error(request: Request, error: Exception) -> Response:
@@ -112,7 +131,7 @@ async def _validation_error(request: Request, error: Exception) -> Response:
         for each in error.errors()
     ]
     detail = "; ".join(f"{each.field}: {each.message}" for each in errors)
-    return problem_response(request, "invalid", detail, errors=errors)
+    return _response(problem(request.state.request_id, "invalid", detail, errors=errors))
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
@@ -126,7 +145,7 @@ async def _http_error(request: Request, error: Exception) -> Response:
     if code == "method_not_allowed":
         # Several routes share a path; the one that refused knows only its own methods.
         headers["Allow"] = ", ".join(method for method in _METHODS if _takes(request, method))
-    return problem_response(request, code, detail, headers=headers)
+    return _response(problem(request.state.request_id, code, detail), headers)
 
 
 def _takes(request: Request, method: str) -> bool:
@@ -134,7 +153,7 @@ def _takes(request: Request, method: str) -> bool:
     return any(route.matches(asked)[0] is Match.FULL for route in request.app.router.routes)
 
 
-def unexpected(request: Request, error: Exception) -> Response:
+def unexpected(request_id: str, path: str, error: Exception) -> Problem:
     """Log an error that nobody foresaw, once, and make its answer.
 
     The log gets its type, its first sentence and where it was raised: what the database adds holds whole rows.
@@ -142,17 +161,14 @@ def unexpected(request: Request, error: Exception) -> Response:
     frames = traceback.extract_tb(error.__traceback__)
     log.error(
         "unexpected_error",
-        path=request.scope["path"],
+        path=path,
         error=repr(error),
         at=[f"{frame.filename}:{frame.lineno} {frame.name}" for frame in frames],
     )
-    return problem_response(
-        request, "internal_error", "Something went wrong here; the log has the request id."
-    )
+    return problem(request_id, "internal_error", "Something went wrong here; the log has the request id.")
 
 
 def bad_request(detail: str) -> bytes:
     """Return the body of the answer to what is no HTTP request at all."""
     status, title = CODES["bad_request"]
-    problem = Problem(TYPE_PREFIX + "bad_request", title, status, detail, "bad_request")
-    return msgspec.json.encode(problem)
+    return msgspec.json.encode(Problem(TYPE_PREFIX + "bad_request", title, status, detail, "bad_request"))

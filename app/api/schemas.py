@@ -11,10 +11,11 @@ from uuid import UUID
 
 from msgspec import UNSET, Meta, Raw, Struct, UnsetType
 
-from app.engine.service import LeaseRequest
+from app.engine.leasing import LeaseRequest
 from app.queue.errors import InvalidRequestError
 from app.queue.lifecycle import State
 from app.queue.model import (
+    NOTHING_NAMED,
     PRIORITIES,
     PRIORITY_MAX,
     PRIORITY_MIN,
@@ -44,6 +45,7 @@ YEAR_SECONDS = 366 * DAY_SECONDS
 DELAY_SECONDS_MAX = 100 * YEAR_SECONDS
 RUN_AT_MAX = datetime(2200, 1, 1, tzinfo=UTC)
 QUEUES_MAX = 100
+SETTLE_MAX = 1000
 LINES_MAX = 1000
 TRACEPARENT = re.compile("[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 # ASCII's control characters and Unicode's line and paragraph separators: a name with one can forge a log line.
@@ -85,6 +87,16 @@ class BackoffBody(Struct, forbid_unknown_fields=True):
         ]
         | None
     ) = None
+
+    def to_request(self) -> BackoffRequest:
+        """Translate it for the queue."""
+        return BackoffRequest(
+            strategy=self.strategy,
+            initial_seconds=self.initial_seconds,
+            factor=self.factor,
+            max_seconds=self.max_seconds,
+            jitter=self.jitter,
+        )
 
 
 class EnqueueBody(Struct, forbid_unknown_fields=True):
@@ -138,7 +150,6 @@ class EnqueueBody(Struct, forbid_unknown_fields=True):
             raise InvalidRequestError("metadata", "must be an object")
         if len(metadata) > METADATA_BYTES_MAX:
             raise InvalidRequestError("metadata", f"must have at most {METADATA_BYTES_MAX} bytes")
-        backoff = self.backoff or BackoffBody()
         return JobRequest(
             queue=self.queue,
             type=self.type,
@@ -149,54 +160,11 @@ class EnqueueBody(Struct, forbid_unknown_fields=True):
             lease_seconds=self.lease_seconds,
             timeout_seconds=self.timeout_seconds,
             max_retries=self.max_retries,
-            backoff=BackoffRequest(
-                strategy=backoff.strategy,
-                initial_seconds=backoff.initial_seconds,
-                factor=backoff.factor,
-                max_seconds=backoff.max_seconds,
-                jitter=backoff.jitter,
-            ),
+            backoff=NOTHING_NAMED if self.backoff is None else self.backoff.to_request(),
             tags=tuple(dict.fromkeys(self.tags)),
             metadata=metadata,
             # W3C Trace Context: what is malformed is ignored, never refused.
             traceparent=traceparent if traceparent and TRACEPARENT.fullmatch(traceparent) else None,
-        )
-
-
-class LeaseBody(Struct, forbid_unknown_fields=True):
-    """What a worker would take."""
-
-    queues: Annotated[list[Name], Meta(min_length=1, max_length=QUEUES_MAX)]
-    types: (
-        Annotated[list[Name], Meta(min_length=1, max_length=100, description="only these; else all")] | None
-    ) = None
-    worker: Annotated[WorkerName, Meta(description="who asks: shown to operators")] | None = None
-    max_jobs: Annotated[int, Meta(ge=1, le=1000)] = 1
-    wait_seconds: Annotated[
-        float,
-        Meta(
-            ge=0, le=30, description="how long to wait for the first job; set your HTTP timeout 10 s higher"
-        ),
-    ] = 20
-    lease_seconds: Annotated[LeaseSeconds, Meta(description="instead of what each job says")] | None = None
-
-    def to_request(self) -> LeaseRequest:
-        """Translate it for the queue. Raises InvalidRequestError for what the schema can not say."""
-        for queue in self.queues:
-            _check_name("queues", queue)
-        for type_ in self.types or ():
-            _check_name("types", type_)
-        if self.worker is not None:
-            _check_clean("worker", self.worker)
-        if len(self.queues) * len(self.types or [""]) > LINES_MAX:
-            raise InvalidRequestError("types", f"queues times types may be at most {LINES_MAX}")
-        return LeaseRequest(
-            queues=tuple(dict.fromkeys(self.queues)),
-            types=None if self.types is None else tuple(dict.fromkeys(self.types)),
-            worker=self.worker,
-            max_jobs=self.max_jobs,
-            wait_seconds=self.wait_seconds,
-            lease_seconds=self.lease_seconds,
         )
 
 
@@ -260,6 +228,81 @@ class ReleaseBody(Struct, forbid_unknown_fields=True):
 
     lease_id: LeaseId
     delay_seconds: DelaySeconds = 0
+
+
+class AckItem(AckBody, tag_field="outcome", tag="ack", kw_only=True):
+    """Done."""
+
+    job_id: str
+
+
+class FailItem(FailBody, tag_field="outcome", tag="fail", kw_only=True):
+    """Not done."""
+
+    job_id: str
+
+
+class ReleaseItem(ReleaseBody, tag_field="outcome", tag="release", kw_only=True):
+    """Take it back."""
+
+    job_id: str
+
+
+class HeartbeatItem(HeartbeatBody, tag_field="outcome", tag="heartbeat", kw_only=True):
+    """Still working."""
+
+    job_id: str
+
+
+Item = AckItem | FailItem | ReleaseItem | HeartbeatItem
+Items = Annotated[list[Raw], Meta(min_length=1, max_length=SETTLE_MAX, description="each job named once")]
+"""Decoded one by one: a bad item fails alone."""
+
+
+class SettleBody(Struct, forbid_unknown_fields=True):
+    """What came of leased jobs."""
+
+    items: Items
+
+
+class LeaseBody(Struct, forbid_unknown_fields=True):
+    """What a worker would take."""
+
+    queues: Annotated[list[Name], Meta(min_length=1, max_length=QUEUES_MAX)]
+    types: (
+        Annotated[list[Name], Meta(min_length=1, max_length=100, description="only these; else all")] | None
+    ) = None
+    worker: Annotated[WorkerName, Meta(description="who asks: shown to operators")] | None = None
+    max_jobs: Annotated[int, Meta(ge=1, le=1000)] = 1
+    wait_seconds: Annotated[
+        float,
+        Meta(
+            ge=0, le=30, description="how long to wait for the first job; set your HTTP timeout 10 s higher"
+        ),
+    ] = 20
+    lease_seconds: Annotated[LeaseSeconds, Meta(description="instead of what each job says")] | None = None
+    settle: (
+        Annotated[Items, Meta(description="what came of earlier jobs, as in /settle: committed first")] | None
+    ) = None
+
+    def to_request(self) -> LeaseRequest:
+        """Translate it for the queue. Raises InvalidRequestError for what the schema can not say."""
+        for queue in self.queues:
+            _check_name("queues", queue)
+        for type_ in self.types or ():
+            _check_name("types", type_)
+        if self.worker is not None:
+            _check_clean("worker", self.worker)
+        if len(self.queues) * len(self.types or [""]) > LINES_MAX:
+            raise InvalidRequestError("types", f"queues times types may be at most {LINES_MAX}")
+        return LeaseRequest(
+            queues=tuple(dict.fromkeys(self.queues)),
+            types=None if self.types is None else tuple(dict.fromkeys(self.types)),
+            worker=self.worker,
+            max_jobs=self.max_jobs,
+            wait_seconds=self.wait_seconds,
+            lease_seconds=self.lease_seconds,
+        )
 
 
 class BackoffReply(Struct):
@@ -384,10 +427,36 @@ class LeasedJobReply(Struct):
         )
 
 
-class LeaseReply(Struct):
+class SettledItem(Struct, omit_defaults=True):
+    """What came of one item: its `status` is that of the verb by itself, 200 or a problem's."""
+
+    job_id: str
+    status: int
+    state: State | None = None
+    run_at: Annotated[datetime, Meta(description="when the job is due again")] | None = None
+    lease_expires_at: datetime | None = None
+    cancel_requested: bool | None = None
+    directive: Literal["continue"] | None = None
+    error: "Problem | None" = None
+
+
+class SettleReply(Struct):
+    """What came of each item, in order."""
+
+    results: list[SettledItem]
+
+
+class LeaseReply(Struct, omit_defaults=True):
     """Jobs to work on; an empty list when there was nothing to do."""
 
     jobs: list[LeasedJobReply]
+    settled: Annotated[list[SettledItem], Meta(description="what came of `settle`, in order")] | None = None
+    retry_after_seconds: (
+        Annotated[
+            int, Meta(description="`settle` is done, but leasing is not possible now: when to come back")
+        ]
+        | None
+    ) = None
 
 
 class HeartbeatReply(Struct):

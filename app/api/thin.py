@@ -18,6 +18,8 @@ from starlette.types import Receive, Scope, Send
 from app.api.body import decode, read_body
 from app.queue.errors import JobNotFoundError
 
+NO_LEASE = UUID(int=0)
+
 _ENCODER = msgspec.json.Encoder()
 
 
@@ -51,6 +53,8 @@ class Operation:
     handle: Callable[[Request, Any], Awaitable[Reply]]
     headers: tuple[str, ...] = ()
     """The request headers that it looks at."""
+    takes_many: bool = False
+    """Whether a body may hold many jobs' results."""
 
 
 def encode(value: object) -> bytes:
@@ -69,34 +73,25 @@ def job_id_of(text: str) -> UUID:
     return job_id
 
 
-def lease_id_of(text: str) -> UUID | None:
-    """Return the lease id, or None for what is none: no job has such a lease."""
+def lease_id_of(text: str) -> UUID:
+    """Return the lease id, or for what is none one that no job ever has."""
     try:
         return UUID(text)
     except ValueError:
-        return None
+        return NO_LEASE
 
 
-class ThinRoute(Route):
-    """Serves an operation."""
+class Endpoint:
+    """Reads, decodes, handles, answers: an ASGI application. Raises QueueError for what it can not do."""
 
     def __init__(self, operation: Operation, body_bytes_max: int) -> None:
-        super().__init__(
-            operation.path,
-            _Endpoint(operation, body_bytes_max),
-            methods=["POST"],
-            name=operation.name,
-        )
-        self.operation = operation
-
-
-class _Endpoint:
-    def __init__(self, operation: Operation, body_bytes_max: int) -> None:
+        self.path = operation.path
         self._handle = operation.handle
         self._decoder = msgspec.json.Decoder(operation.request)
         self._body_bytes_max = body_bytes_max
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
         body = await read_body(scope, receive, self._body_bytes_max)
         reply = await self._handle(Request(scope, receive, send), decode(self._decoder, body))
         await send(
@@ -111,3 +106,12 @@ class _Endpoint:
             }
         )
         await send({"type": "http.response.body", "body": reply.body})
+
+
+class ThinRoute(Route):
+    """A route of the app whose endpoint `front.py` calls directly."""
+
+    def __init__(self, operation: Operation, body_bytes_max: int) -> None:
+        self.operation = operation
+        self.served = Endpoint(operation, body_bytes_max)
+        super().__init__(operation.path, self.served, methods=["POST"], name=operation.name)

@@ -3,12 +3,13 @@
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
+from http import HTTPStatus
 from uuid import UUID
 
 from msgspec import UNSET
 from starlette.requests import Request
 
-from app.api.problems import RequestError
 from app.api.schemas import (
     AckBody,
     EnqueueBody,
@@ -20,55 +21,94 @@ from app.api.schemas import (
     LeasedJobReply,
     LeaseReply,
     ReleaseBody,
+    SettleBody,
     SettledReply,
+    SettleReply,
 )
+from app.api.settling import Settling, bounded
 from app.api.thin import Operation, Reply, encode, job_id_of, lease_id_of
 from app.engine.service import Service
+from app.queue.errors import UnavailableError
 
 _EXAMPLE_LEASE_ID = "7f3d2c52-7a4e-4a2b-9d6e-0d8b2a2f6c11"
+_EXAMPLE_JOB_ID = "0198f2c1-9a4e-7c3d-8f21-5b6a7c8d9e0f"
 _NOTHING_CHANGES = (
     " A lease that does not stand any more is answered with 409 `lease_lost`, and nothing changes."
 )
 _REPEATABLE = " The same call again gets the answer that was recorded."
 
 
-def operations(service: Service, payload_bytes_max: int) -> list[Operation]:
-    """Return the thin routes, the busiest first: routes are matched in order."""
+class Work:
+    """The handlers of the thin routes."""
 
-    def bounded(field: str, value: bytes) -> bytes:
-        if len(value) > payload_bytes_max:
-            raise RequestError("payload_too_large", f"{field} may have at most {payload_bytes_max} bytes.")
-        return value
+    def __init__(self, service: Service, payload_bytes_max: int) -> None:
+        self._service = service
+        self._settling = Settling(service, payload_bytes_max)
+        self._payload_bytes_max = payload_bytes_max
 
-    async def enqueue(request: Request, body: EnqueueBody) -> Reply:
+    async def enqueue(self, request: Request, body: EnqueueBody) -> Reply:
+        """Answer `POST /jobs`."""
         wanted = body.to_request(request.headers.get("traceparent"))
-        bounded("payload", wanted.payload)
-        job = await service.enqueue(wanted)
+        bounded("payload", wanted.payload, self._payload_bytes_max)
+        job = await self._service.enqueue(wanted)
         location = (b"location", f"/jobs/{job.id}".encode())
         return Reply(encode(JobReply.of(job)), 201, (location,))
 
-    async def lease(request: Request, body: LeaseBody) -> Reply:
-        async with _disconnection(request) as gone:
-            leased = await service.lease(body.to_request(), gone)
-        return Reply(encode(LeaseReply([LeasedJobReply.of(job) for job in leased])))
+    async def lease(self, request: Request, body: LeaseBody) -> Reply:
+        """Answer `POST /lease`: first settle, then lease."""
+        wanted = body.to_request()
+        settled = (
+            None
+            if body.settle is None
+            else await self._settling.settle(request.state.request_id, body.settle)
+        )
+        if settled is not None and any(item.status != HTTPStatus.OK for item in settled):
+            wanted = replace(wanted, wait_seconds=0)
+        try:
+            async with _disconnection(request) as gone:
+                leased = await self._service.lease(wanted, gone)
+        except UnavailableError as error:
+            if settled is None:
+                raise
+            # What is settled is committed: the worker must learn of it.
+            return Reply(encode(LeaseReply([], settled, error.retry_after_seconds)))
+        return Reply(encode(LeaseReply([LeasedJobReply.of(job) for job in leased], settled)))
 
-    async def heartbeat(request: Request, body: HeartbeatBody) -> Reply:
-        beat = await service.heartbeat(_job_id(request), lease_id_of(body.lease_id), body.extend_seconds)
+    async def settle(self, request: Request, body: SettleBody) -> Reply:
+        """Answer `POST /settle`."""
+        return Reply(encode(SettleReply(await self._settling.settle(request.state.request_id, body.items))))
+
+    async def heartbeat(self, request: Request, body: HeartbeatBody) -> Reply:
+        """Answer a job's `heartbeat`."""
+        beat = await self._service.heartbeat(
+            _job_id(request), lease_id_of(body.lease_id), body.extend_seconds
+        )
         return Reply(encode(HeartbeatReply(beat.lease_expires_at, beat.cancel_requested)))
 
-    async def ack(request: Request, body: AckBody) -> Reply:
-        result = None if body.result is UNSET else bounded("result", bytes(body.result))
-        job = await service.ack(_job_id(request), lease_id_of(body.lease_id), result)
+    async def ack(self, request: Request, body: AckBody) -> Reply:
+        """Answer a job's `ack`."""
+        result = (
+            None if body.result is UNSET else bounded("result", bytes(body.result), self._payload_bytes_max)
+        )
+        job = await self._service.ack(_job_id(request), lease_id_of(body.lease_id), result)
         return Reply(encode(JobReply.of(job)))
 
-    async def fail(request: Request, body: FailBody) -> Reply:
-        settled = await service.fail(_job_id(request), lease_id_of(body.lease_id), body.to_failure())
+    async def fail(self, request: Request, body: FailBody) -> Reply:
+        """Answer a job's `fail`."""
+        settled = await self._service.fail(_job_id(request), lease_id_of(body.lease_id), body.to_failure())
         return Reply(encode(SettledReply(settled.state, settled.run_at)))
 
-    async def release(request: Request, body: ReleaseBody) -> Reply:
-        settled = await service.release(_job_id(request), lease_id_of(body.lease_id), body.delay_seconds)
+    async def release(self, request: Request, body: ReleaseBody) -> Reply:
+        """Answer a job's `release`."""
+        settled = await self._service.release(
+            _job_id(request), lease_id_of(body.lease_id), body.delay_seconds
+        )
         return Reply(encode(SettledReply(settled.state, settled.run_at)))
 
+
+def operations(service: Service, payload_bytes_max: int) -> list[Operation]:
+    """Return the thin routes."""
+    work = Work(service, payload_bytes_max)
     by_lease = ("not_found", "lease_lost")
     return [
         Operation(
@@ -82,7 +122,7 @@ def operations(service: Service, payload_bytes_max: int) -> list[Operation]:
             statuses={201: "The job is stored; `Location` names it."},
             problems=("payload_too_large",),
             example={"queue": "emails", "type": "welcome", "payload": {"to": "a@example.com"}},
-            handle=enqueue,
+            handle=work.enqueue,
             headers=("traceparent",),
         ),
         Operation(
@@ -100,7 +140,26 @@ def operations(service: Service, payload_bytes_max: int) -> list[Operation]:
             statuses={200: "Jobs to work on, or an empty list."},
             problems=(),
             example={"queues": ["emails"], "worker": "mailer-1"},
-            handle=lease,
+            handle=work.lease,
+            takes_many=True,
+        ),
+        Operation(
+            path="/settle",
+            name="settle",
+            tag="Work",
+            summary="Settle many jobs",
+            description=(
+                "Acks, failures, releases and heartbeats of up to 1,000 jobs in one transaction, each job named once."
+                " A bad item fails alone; the results keep the order of the items. `lease` takes the same list as"
+                " `settle`, and answers both in one round trip."
+            ),
+            request=SettleBody,
+            reply=SettleReply,
+            statuses={200: "What came of each item."},
+            problems=(),
+            example={"items": [{"job_id": _EXAMPLE_JOB_ID, "lease_id": _EXAMPLE_LEASE_ID, "outcome": "ack"}]},
+            handle=work.settle,
+            takes_many=True,
         ),
         Operation(
             path="/jobs/{job_id}/ack",
@@ -113,7 +172,7 @@ def operations(service: Service, payload_bytes_max: int) -> list[Operation]:
             statuses={200: "The job is `completed`."},
             problems=(*by_lease, "payload_too_large"),
             example={"lease_id": _EXAMPLE_LEASE_ID, "result": {"sent": True}},
-            handle=ack,
+            handle=work.ack,
         ),
         Operation(
             path="/jobs/{job_id}/heartbeat",
@@ -129,7 +188,7 @@ def operations(service: Service, payload_bytes_max: int) -> list[Operation]:
             statuses={200: "The lease stands."},
             problems=by_lease,
             example={"lease_id": _EXAMPLE_LEASE_ID},
-            handle=heartbeat,
+            handle=work.heartbeat,
         ),
         Operation(
             path="/jobs/{job_id}/fail",
@@ -148,7 +207,7 @@ def operations(service: Service, payload_bytes_max: int) -> list[Operation]:
                 "lease_id": _EXAMPLE_LEASE_ID,
                 "error": {"type": "SmtpError", "message": "connection refused"},
             },
-            handle=fail,
+            handle=work.fail,
         ),
         Operation(
             path="/jobs/{job_id}/release",
@@ -164,7 +223,7 @@ def operations(service: Service, payload_bytes_max: int) -> list[Operation]:
             statuses={200: "What became of the job."},
             problems=by_lease,
             example={"lease_id": _EXAMPLE_LEASE_ID},
-            handle=release,
+            handle=work.release,
         ),
     ]
 

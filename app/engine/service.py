@@ -6,17 +6,20 @@ Methods raise the errors of `app.queue.errors`; UnavailableError of all of them.
 
 import asyncio
 import random
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Any, TypeVar
 from uuid import UUID
 
 from uuid_utils.compat import uuid7
 
+from app.engine.batching import Batcher
+from app.engine.leasing import Claims, LeaseRequest
 from app.engine.maintenance import Keeping, Maintenance, attempt_ended, ready_lines
 from app.engine.running import TaskOwner
 from app.engine.wakeup import Wakeups
-from app.queue.errors import JobNotFoundError, LeaseLostError, UnavailableError, WrongStateError
+from app.queue.errors import JobNotFoundError, LeaseLostError, QueueError, UnavailableError, WrongStateError
 from app.queue.events import (
     CancelRequested,
     JobCancelled,
@@ -29,9 +32,12 @@ from app.queue.events import (
 )
 from app.queue.lifecycle import COUNTED_AS, TERMINAL, Event, State, may
 from app.queue.model import (
+    Ack,
     Attempt,
     Beat,
+    Ending,
     Failure,
+    Heartbeat,
     Job,
     JobDefaults,
     JobFilter,
@@ -40,10 +46,11 @@ from app.queue.model import (
     Settled,
     Verb,
     Verdict,
+    Word,
 )
 from app.queue.policy import decide_failure, decide_release, resolve
 from app.store.database import Database
-from app.store.jobs import Ack, Claim, Decide, Jobs, Line, Moved
+from app.store.jobs import Claim, Jobs, Line, Moved
 from app.store.reads import Reads, WorkerSeen
 
 LOOKS_MAX = 10
@@ -51,29 +58,19 @@ LOOKS_MAX = 10
 
 CONTENDED_PAUSE_SECONDS = 0.02
 
+Said = Job | Verdict | Settled | Beat
+"""What comes of a worker's word: of an ack the job, of an ending its verdict (or the recorded answer), of a heartbeat
+the lease's new end."""
+
+T = TypeVar("T")
+Named = TypeVar("Named", Ack, Ending, Heartbeat)
+
 GIVE_BACK_SECONDS_MAX = 5.0
 
 READINESS_SECONDS_MAX = 2.0
 
 CANCELLABLE = frozenset(state for state in State if may(state, Event.CANCEL))
 RETRIABLE = frozenset(state for state in State if may(state, Event.RETRY))
-
-
-@dataclass(frozen=True, slots=True)
-class LeaseRequest:
-    """What a worker asks for; None where it named nothing."""
-
-    queues: Sequence[str]
-    types: Sequence[str] | None = None
-    worker: str | None = None
-    max_jobs: int = 1
-    wait_seconds: float = 20.0
-    lease_seconds: float | None = None
-
-    @property
-    def lines(self) -> set[Line]:
-        """Where it waits: at whole queues, or at their types."""
-        return {Line(queue, type_) for queue in self.queues for type_ in self.types or (None,)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +117,11 @@ class Service:
         self._max_lease_waiters = max_lease_waiters
         self._draining = False
         self._owner = TaskOwner()
+        self._enqueues = Batcher(jobs.enqueue)
+        self._claims = Claims(jobs, lambda claim: self._owner.spawn(self._give_back(claim.jobs)))
+        self._acks = Batcher(_in_order(jobs.ack), key=_job_id)
+        self._endings = Batcher(_in_order(jobs.conclude), key=_job_id)
+        self._heartbeats = Batcher(_in_order(jobs.heartbeat), key=_job_id)
         self.wakeups = Wakeups(database, jobs, poll_seconds)
         self.maintenance = Maintenance(jobs, self.wakeups, observer, keeping, maintenance_seconds)
 
@@ -137,18 +139,20 @@ class Service:
         """Stop what runs in the background; requests must have ended."""
         self.drain()
         await self.maintenance.stop()
+        for batcher in (self._enqueues, self._acks, self._endings, self._heartbeats):
+            await batcher.drained()
         await self._owner.settle(GIVE_BACK_SECONDS_MAX)
         await self.wakeups.stop()
 
     async def enqueue(self, request: JobRequest) -> Job:
         """Store one job."""
-        [job] = await self._jobs.enqueue([resolve(request, self._defaults, uuid7())])
+        job = await self._enqueues.submit(resolve(request, self._defaults, uuid7()))
         self._observer.on(JobEnqueued(job_id=job.id, queue=job.queue, type=job.type, state=job.state))
         if job.state is State.READY:
             self.wakeups.announce({Line(job.queue, job.type): 1})
         return job
 
-    async def lease(self, wanted: LeaseRequest, gone: "asyncio.Future[object]") -> list[LeasedJob]:
+    async def lease(self, wanted: LeaseRequest, gone: "asyncio.Future[object]") -> Sequence[LeasedJob]:
         """Take jobs, waiting for the first at most `wait_seconds`; an empty list when there is none.
 
         `gone` is done when nobody is there any more to take the answer: then nothing is leased, or what was
@@ -183,48 +187,40 @@ class Service:
                     break
         return []
 
-    async def heartbeat(self, job_id: UUID, lease_id: UUID | None, extend_seconds: float | None) -> Beat:
-        """Extend a lease. Raises JobNotFoundError, LeaseLostError."""
-        beat = None if lease_id is None else await self._jobs.heartbeat(job_id, lease_id, extend_seconds)
-        if beat is None:
-            raise await self._lost(job_id)
-        return beat
-
-    async def ack(self, job_id: UUID, lease_id: UUID | None, result: bytes | None) -> Job:
+    async def ack(self, job_id: UUID, lease_id: UUID, result: bytes | None) -> Job:
         """Finish a job. Raises JobNotFoundError, LeaseLostError."""
-        if lease_id is None:
-            raise await self._lost(job_id)
-        acked = await self._jobs.ack([Ack(job_id, lease_id, result)])
-        if job_id not in acked:
-            await self._recorded(job_id, lease_id, Verb.ACK)
-            return await self.job(job_id)
-        job = acked[job_id]
-        self._observer.on(
-            JobCompleted(
-                job_id=job.id,
-                queue=job.queue,
-                type=job.type,
-                worker=job.worker,
-                attempt=job.attempt,
-                ran_seconds=_seconds_between(job.started_at, job.finished_at),
-            )
-        )
-        return job
+        answer = await self._say(Ack(job_id, lease_id, result))
+        return answer if isinstance(answer, Job) else await self.job(job_id)
 
-    async def fail(self, job_id: UUID, lease_id: UUID | None, failure: Failure) -> Settled:
+    async def fail(self, job_id: UUID, lease_id: UUID, failure: Failure) -> Settled:
         """End an attempt that failed. Raises JobNotFoundError, LeaseLostError."""
-        return await self._conclude(
-            job_id,
-            lease_id,
-            Verb.FAIL,
-            lambda lease, now: decide_failure(lease, failure, now, random.random()),
-        )
+        return _settled(await self._say(failed(job_id, lease_id, failure)))
 
-    async def release(self, job_id: UUID, lease_id: UUID | None, delay_seconds: float) -> Settled:
+    async def release(self, job_id: UUID, lease_id: UUID, delay_seconds: float) -> Settled:
         """Give a job back, its attempt uncounted. Raises JobNotFoundError, LeaseLostError."""
-        return await self._conclude(
-            job_id, lease_id, Verb.RELEASE, lambda lease, now: decide_release(lease, delay_seconds, now)
-        )
+        return _settled(await self._say(released(job_id, lease_id, delay_seconds)))
+
+    async def heartbeat(self, job_id: UUID, lease_id: UUID, extend_seconds: float | None) -> Beat:
+        """Extend a lease. Raises JobNotFoundError, LeaseLostError."""
+        answer = await self._say(Heartbeat(job_id, lease_id, extend_seconds))
+        assert isinstance(answer, Beat)  # noqa: S101  # there is no record of heartbeats to answer from
+        return answer
+
+    async def settle(self, words: Sequence[Word]) -> list[Said | QueueError]:
+        """Take what a worker says of its jobs, each named once; return what came of each word, in order.
+
+        One word joins the group commit of its kind, several are one transaction of their own. A word on a lease
+        that the same verb has ended before gets the answer that was recorded; on another that does not stand, an
+        error.
+        """
+        if len(words) == 1:
+            answer = await self._batcher(words[0]).submit(words[0])
+            answers = {} if answer is None else {words[0].job_id: answer}
+        else:
+            answers = await self._jobs.settle(words)
+        self._tell(answers.values())
+        recalled = await self._recall([word for word in words if word.job_id not in answers])
+        return [answers.get(word.job_id) or recalled[word.job_id] for word in words]
 
     async def job(self, job_id: UUID) -> Job:
         """Return a job as it stands. Raises JobNotFoundError."""
@@ -325,17 +321,7 @@ class Service:
             )
 
     async def _claim(self, wanted: LeaseRequest, gone: "asyncio.Future[object]") -> Claim:
-        # Shielded: a claim cut off half-way would leave jobs leased to nobody until their leases expire.
-        claiming = asyncio.ensure_future(
-            self._jobs.lease(
-                wanted.queues, wanted.types, wanted.max_jobs, wanted.lease_seconds, wanted.worker
-            )
-        )
-        try:
-            claim = await asyncio.shield(claiming)
-        except asyncio.CancelledError:
-            self._owner.spawn(self._give_back_when_claimed(claiming))
-            raise
+        claim = await self._claims.claim(wanted)
         if gone.done():
             await self._give_back(claim.jobs)
             return Claim(jobs=[], contended=False)
@@ -352,40 +338,56 @@ class Service:
             )
         return claim
 
-    async def _give_back_when_claimed(self, claiming: "asyncio.Future[Claim]") -> None:
-        await self._give_back((await claiming).jobs)
-
     async def _give_back(self, leased: Sequence[LeasedJob]) -> None:
         """Release jobs that nobody is there to take."""
         if leased:
-            leases = {job.id: job.lease_id for job in leased}
-            await self._settle(leases, Verb.RELEASE, lambda lease, now: decide_release(lease, 0, now))
+            answers = await self._jobs.conclude([released(job.id, job.lease_id, 0) for job in leased])
+            self._tell(answers.values())
 
-    async def _conclude(self, job_id: UUID, lease_id: UUID | None, verb: Verb, decide: Decide) -> Settled:
-        if lease_id is None:
-            raise await self._lost(job_id)
-        verdicts = await self._settle({job_id: lease_id}, verb, decide)
-        if not verdicts:
-            return await self._recorded(job_id, lease_id, verb)
-        return Settled(state=verdicts[0].state, run_at=verdicts[0].run_at)
+    def _batcher(self, word: Word) -> "Batcher[Any, Any]":
+        match word:
+            case Ack():
+                return self._acks
+            case Ending():
+                return self._endings
+            case Heartbeat():
+                return self._heartbeats
 
-    async def _settle(self, leases: Mapping[UUID, UUID], verb: Verb, decide: Decide) -> list[Verdict]:
-        verdicts = list((await self._jobs.conclude(leases, verb, decide)).values())
-        for verdict in verdicts:
-            self._observer.on(attempt_ended(verdict))
+    async def _say(self, word: Word) -> Said:
+        [answer] = await self.settle([word])
+        if isinstance(answer, QueueError):
+            raise answer
+        return answer
+
+    def _tell(self, answers: Iterable[Said]) -> None:
+        """Tell the observer what came of words, and whoever waits what has become ready."""
+        verdicts = []
+        for answer in answers:
+            match answer:
+                case Job():
+                    self._observer.on(_completed(answer))
+                case Verdict():
+                    self._observer.on(attempt_ended(answer))
+                    verdicts.append(answer)
+                case _:
+                    pass
         self.wakeups.announce(ready_lines(verdicts))
-        return verdicts
 
-    async def _recorded(self, job_id: UUID, lease_id: UUID, verb: Verb) -> Settled:
-        """Return what was answered when this lease was ended by the same verb."""
-        recorded = await self._jobs.recorded(job_id, lease_id)
-        if recorded is None or recorded.verb is not verb:
-            raise await self._lost(job_id)
-        return recorded.settled
-
-    async def _lost(self, job_id: UUID) -> LeaseLostError | JobNotFoundError:
-        job = await self._reads.job(job_id)
-        return JobNotFoundError() if job is None else LeaseLostError(job.state)
+    async def _recall(self, words: Sequence[Word]) -> dict[UUID, Settled | QueueError]:
+        """Return the recorded answers to words whose leases do not stand, or why there is none."""
+        if not words:
+            return {}
+        recorded = await self._jobs.recorded({word.job_id: word.lease_id for word in words})
+        recalled: dict[UUID, Settled | QueueError] = {}
+        for word in words:
+            record = recorded.get(word.job_id)
+            if record is not None and record.verb is not None and record.verb is _verb(word):
+                recalled[word.job_id] = record.settled
+        lost = [word.job_id for word in words if word.job_id not in recalled]
+        states = await self._reads.states(lost) if lost else {}
+        for job_id in lost:
+            recalled[job_id] = LeaseLostError(states[job_id]) if job_id in states else JobNotFoundError()
+        return recalled
 
     async def _move(
         self,
@@ -408,6 +410,67 @@ class Service:
             # It may be moved, but was not there: another transaction was moving it. Look again, with new eyes.
         message = "The job is being moved by others again and again; try later."
         raise UnavailableError(message)
+
+
+def _job_id(item: Ack | Ending | Heartbeat) -> UUID:
+    return item.job_id
+
+
+def _in_order(
+    write: Callable[[Sequence[Named]], Awaitable[Mapping[UUID, T]]],
+) -> Callable[[Sequence[Named]], Awaitable[list[T | None]]]:
+    """Let a verb that answers by job id answer in the order of its items; None for a lease that is lost."""
+
+    async def flush(items: Sequence[Named]) -> list[T | None]:
+        answers = await write(items)
+        return [answers.get(item.job_id) for item in items]
+
+    return flush
+
+
+def failed(job_id: UUID, lease_id: UUID, failure: Failure) -> Ending:
+    """Return the word that an attempt has failed."""
+    return Ending(
+        job_id,
+        lease_id,
+        Verb.FAIL,
+        lambda lease, now: decide_failure(lease, failure, now, random.random()),
+    )
+
+
+def released(job_id: UUID, lease_id: UUID, delay_seconds: float) -> Ending:
+    """Return the word that a job is given back."""
+    return Ending(
+        job_id, lease_id, Verb.RELEASE, lambda lease, now: decide_release(lease, delay_seconds, now)
+    )
+
+
+def _verb(word: Word) -> Verb | None:
+    match word:
+        case Ack():
+            return Verb.ACK
+        case Ending():
+            return word.verb
+        case Heartbeat():
+            return None
+
+
+def _settled(answer: Said) -> Settled:
+    if isinstance(answer, Verdict):
+        return Settled(state=answer.state, run_at=answer.run_at)
+    assert isinstance(answer, Settled)  # noqa: S101  # what an ending gets, at once or recorded
+    return answer
+
+
+def _completed(job: Job) -> JobCompleted:
+    return JobCompleted(
+        job_id=job.id,
+        queue=job.queue,
+        type=job.type,
+        worker=job.worker,
+        attempt=job.attempt,
+        ran_seconds=_seconds_between(job.started_at, job.finished_at),
+    )
 
 
 def _seconds_between(begin: datetime | None, end: datetime | None) -> float:

@@ -121,6 +121,8 @@ class Room:
 
     def call(self, line: Line, count: int) -> int:
         """Call up to `count` leases that would take a job of this queue and type; return how many were."""
+        if not self._lines:
+            return 0
         lines = {line, Line(line.queue)}
         waiting = [self._uncalled(self._lines.get(each, {})) for each in lines]
         called = 0

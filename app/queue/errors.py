@@ -54,10 +54,14 @@ class InvalidRequestError(QueueError):
 
 
 class UnavailableError(QueueError):
-    """The service can not answer now; the same request may succeed after `retry_after_seconds`."""
+    """The service can not answer now; the same request may succeed after `retry_after_seconds`.
+
+    With `outcome_unknown` the connection died under way: what was asked may have happened or not.
+    """
 
     code = "unavailable"
 
-    def __init__(self, message: str, retry_after_seconds: int = 1) -> None:
+    def __init__(self, message: str, retry_after_seconds: int = 1, *, outcome_unknown: bool = False) -> None:
         super().__init__(message)
         self.retry_after_seconds = retry_after_seconds
+        self.outcome_unknown = outcome_unknown

@@ -4,7 +4,7 @@
 looks into them.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
@@ -56,6 +56,9 @@ class BackoffRequest:
     jitter: Jitter | None = None
 
 
+NOTHING_NAMED = BackoffRequest()
+
+
 @dataclass(frozen=True, slots=True)
 class JobDefaults:
     """What a job gets where its producer named nothing."""
@@ -79,7 +82,7 @@ class JobRequest:
     lease_seconds: float | None = None
     timeout_seconds: float | None = None
     max_retries: int | None = None
-    backoff: BackoffRequest = BackoffRequest()
+    backoff: BackoffRequest = NOTHING_NAMED
     tags: tuple[str, ...] = ()
     metadata: bytes = b"{}"
     traceparent: str | None = None
@@ -278,3 +281,39 @@ class JobFilter:
     error_type: str | None = None
     created_after: datetime | None = None
     created_before: datetime | None = None
+
+
+Decide = Callable[[Lease, datetime], Verdict]
+"""A rule: what becomes of this lease's job, at this instant of the database's clock."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ack:
+    """A worker's word that a job is done."""
+
+    job_id: UUID
+    lease_id: UUID
+    result: bytes | None
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """A worker's word that an attempt is over but its job is not done: the rule says what becomes of it."""
+
+    job_id: UUID
+    lease_id: UUID
+    verb: Verb
+    decide: Decide
+
+
+@dataclass(frozen=True, slots=True)
+class Heartbeat:
+    """A worker's word that it is still at work; None extends by the lease's own length."""
+
+    job_id: UUID
+    lease_id: UUID
+    extend_seconds: float | None
+
+
+Word = Ack | Ending | Heartbeat
+"""What a worker says of a job that it has leased."""

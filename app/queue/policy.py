@@ -9,6 +9,7 @@ from uuid import UUID
 
 from app.queue.lifecycle import Event, State, next_state
 from app.queue.model import (
+    NOTHING_NAMED,
     Backoff,
     BackoffRequest,
     BackoffStrategy,
@@ -52,6 +53,8 @@ def resolve(request: JobRequest, defaults: JobDefaults, job_id: UUID) -> NewJob:
 
 def merge_backoff(request: BackoffRequest, default: Backoff) -> Backoff:
     """Return `default` with the fields that the request names."""
+    if request is NOTHING_NAMED:
+        return default
     return Backoff(
         strategy=default.strategy if request.strategy is None else request.strategy,
         initial_seconds=default.initial_seconds

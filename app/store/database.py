@@ -185,6 +185,12 @@ def is_away(error: BaseException) -> bool:
     ) and not (isinstance(error, ValueError))
 
 
+def _died_under_way(error: BaseException) -> bool:
+    """Whether the error leaves open what happened: an answer of the server but for a farewell says «nothing»."""
+    state = getattr(error, "sqlstate", None)
+    return state is None or state.startswith(("08", "57P"))
+
+
 @contextmanager
 def unavailable_when_away() -> Iterator[None]:
     """Turn an error that only time can mend into UnavailableError; others pass."""
@@ -192,7 +198,7 @@ def unavailable_when_away() -> Iterator[None]:
         yield
     except Exception as error:
         if is_away(error) or (error.__cause__ is not None and is_away(error.__cause__)):
-            raise UnavailableError(_why(error)) from error
+            raise UnavailableError(_why(error), outcome_unknown=_died_under_way(error)) from error
         raise
 
 

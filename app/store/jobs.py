@@ -17,11 +17,16 @@ from uuid import UUID
 
 import asyncpg
 
+from app.queue.errors import UnavailableError
 from app.queue.lifecycle import State
 from app.queue.model import (
+    Ack,
     Backoff,
     BackoffStrategy,
     Beat,
+    Decide,
+    Ending,
+    Heartbeat,
     Jitter,
     Job,
     Lease,
@@ -30,6 +35,7 @@ from app.queue.model import (
     Settled,
     Verb,
     Verdict,
+    Word,
     WorkError,
 )
 from app.store.database import Database, Transaction
@@ -44,17 +50,14 @@ few, and more and more while others hold all that it saw."""
 
 T = TypeVar("T")
 
-Decide = Callable[[Lease, datetime], Verdict]
-"""A rule: what becomes of this lease's job, at this instant of the database's clock."""
-
 
 @dataclass(frozen=True, slots=True)
-class Ack:
-    """A worker's word that a job is done."""
+class Slot:
+    """Room for one job in a claim: its lease's id, its length (None: as the job says), and whose it will be."""
 
-    job_id: UUID
     lease_id: UUID
-    result: bytes | None
+    lease_seconds: float | None
+    worker: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +66,7 @@ class Claim:
 
     jobs: list[LeasedJob]
     contended: bool
-    """Jobs are ready, but others held every one of them at that moment: look again."""
+    """More is ready, but others held it at that moment: who got nothing should look again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +115,20 @@ class Jobs:
         await self._partitions.ensure(await self.now())
 
     async def enqueue(self, new: Sequence[NewJob]) -> list[Job]:
-        """Store jobs, in order."""
+        """Store jobs, in order. Where the connection dies at the COMMIT, looks what is stored and adds the rest."""
+        try:
+            stored = await self._insert(new)
+        except UnavailableError as error:
+            if not error.outcome_unknown:
+                raise
+            rows = await self._database.fetch("stored", [job.id for job in new])
+            stored = {row["id"]: (row["created_at"], row["run_at"]) for row in rows}
+            stored |= await self._insert([job for job in new if job.id not in stored])
+        return [_stored_job(job, *stored[job.id]) for job in new]
+
+    async def _insert(self, new: Sequence[NewJob]) -> dict[UUID, tuple[datetime, datetime]]:
+        if not new:
+            return {}
         rows = await self._database.fetch(
             "enqueue",
             self._clock(),
@@ -131,125 +147,101 @@ class Jobs:
             [job.metadata for job in new],
             [job.payload for job in new],
         )
-        return [
-            Job(
-                id=job.id,
-                queue=job.queue,
-                type=job.type,
-                state=State.READY if row["is_ready"] else State.SCHEDULED,
-                payload=job.payload,
-                priority=job.priority,
-                attempt=0,
-                budget_start=0,
-                max_retries=job.max_retries,
-                backoff=job.backoff,
-                lease_seconds=job.lease_seconds,
-                timeout_seconds=job.timeout_seconds,
-                tags=job.tags,
-                metadata=job.metadata,
-                traceparent=job.traceparent,
-                created_at=row["created_at"],
-                run_at=row["run_at"],
-            )
-            for job, row in zip(new, rows, strict=True)
-        ]
+        return {job.id: (row["created_at"], row["run_at"]) for job, row in zip(new, rows, strict=True)}
 
-    async def lease(
-        self,
-        queues: Sequence[str],
-        types: Sequence[str] | None,
-        max_jobs: int,
-        lease_seconds: float | None,
-        worker: str | None,
-    ) -> Claim:
-        """Take up to `max_jobs` ready jobs for `lease_seconds` each, or for as long as each job says."""
+    async def lease(self, queues: Sequence[str], types: Sequence[str] | None, slots: Sequence[Slot]) -> Claim:
+        """Take ready jobs, one a slot: the first job gets the first slot.
+
+        Where the connection dies at the COMMIT, looks for what was leased; the claim itself is never repeated.
+        """
         parts = {"lines": "unnest($2::text[]) AS line(queue)", "same_line": "r.queue = line.queue"}
         more: list[object] = []
         if types is not None:
             parts = {
-                "lines": "(SELECT * FROM unnest($2::text[]) AS q(queue), unnest($8::text[]) AS t(type)) AS line",
+                "lines": "(SELECT * FROM unnest($2::text[]) AS q(queue), unnest($9::text[]) AS t(type)) AS line",
                 "same_line": "(r.queue || '/' || r.type) = line.queue || '/' || line.type",
             }
             more = [sorted(set(types))]
-        lines = sorted(set(queues))
+        lease_ids = [slot.lease_id for slot in slots]
+        leased: list[LeasedJob] = []
         contended = False
         for slack in CLAIM_SLACKS:
-            rows = await self._database.fetch(
-                "lease",
-                self._clock(),
-                lines,
-                max_jobs,
-                slack,
-                lease_seconds,
-                worker,
-                REPLY_BYTES_MAX,
-                *more,
-                **parts,
-            )
+            try:
+                rows = await self._database.fetch(
+                    "lease",
+                    self._clock(),
+                    sorted(set(queues)),
+                    len(slots),
+                    slack,
+                    lease_ids,
+                    [slot.lease_seconds for slot in slots],
+                    [slot.worker for slot in slots],
+                    REPLY_BYTES_MAX,
+                    *more,
+                    **parts,
+                )
+            except UnavailableError as error:
+                if not error.outcome_unknown:
+                    raise
+                rows = await self._database.fetch("leased", lease_ids)
+                return Claim(jobs=[_leased(row) for row in rows], contended=False)
             leased = [_leased(row) for row in rows if row["id"] is not None]
-            if leased:
-                return Claim(jobs=leased, contended=False)
-            contended = rows[0]["seen"] > 0
-            if rows[0]["seen"] < max_jobs + slack:
-                break  # it saw all there is
-        return Claim(jobs=[], contended=contended)
+            seen: int = rows[0]["seen"]
+            contended = seen > len(leased)
+            if leased or seen < len(slots) + slack:
+                break  # it took some, or saw all there is
+        return Claim(leased, contended)
 
     async def ack(self, acks: Sequence[Ack]) -> dict[UUID, Job]:
         """Finish jobs; return those whose lease still stood, by id."""
-        ordered = sorted(acks, key=lambda ack: ack.job_id)
+        return await self._keeping(lambda: self._ack(self._database, acks))
 
-        async def write() -> Sequence[asyncpg.Record]:
-            return await self._database.fetch(
-                "ack",
-                self._clock(),
-                [ack.job_id for ack in ordered],
-                [ack.lease_id for ack in ordered],
-                [ack.result for ack in ordered],
-            )
-
-        return {row["id"]: job_of(row) for row in await self._keeping(write)}
-
-    async def heartbeat(self, job_id: UUID, lease_id: UUID, extend_seconds: float | None) -> Beat | None:
-        """Extend a lease by `extend_seconds`, or by its own length; None when it does not stand any more."""
-        rows = await self._database.fetch("heartbeat", self._clock(), [job_id], [lease_id], [extend_seconds])
-        return next(
-            (
-                Beat(lease_expires_at=row["expires_at"], cancel_requested=row["cancel_requested"])
-                for row in rows
-            ),
-            None,
+    async def conclude(self, endings: Sequence[Ending]) -> dict[UUID, Verdict]:
+        """End attempts, each as its rule says; return the verdicts on leases that still stood, by job id."""
+        return await self._keeping(
+            lambda: self._database.transact(lambda transaction: self._conclude(transaction, endings))
         )
 
-    async def conclude(self, leases: Mapping[UUID, UUID], verb: Verb, decide: Decide) -> dict[UUID, Verdict]:
-        """End the leases (lease id by job id) as `decide` says; return the verdicts on those that still stood."""
-        ids = sorted(leases)
+    async def heartbeat(self, heartbeats: Sequence[Heartbeat]) -> dict[UUID, Beat]:
+        """Extend leases; return those that still stand, by job id."""
+        return await self._heartbeat(self._database, heartbeats)
 
-        async def work(transaction: Transaction) -> list[Verdict]:
-            rows = await transaction.fetch(
-                "lock_leases", self._clock(), ids, [leases[job_id] for job_id in ids]
-            )
-            return await self._write(transaction, rows, decide, verb)
+    async def settle(self, words: Sequence[Word]) -> dict[UUID, Job | Verdict | Beat]:
+        """Take all words in one transaction; return what each did whose lease still stood, by job id."""
 
-        verdicts = await self._keeping(lambda: self._database.transact(work))
-        return {verdict.lease.job_id: verdict for verdict in verdicts}
+        async def work(transaction: Transaction) -> dict[UUID, Job | Verdict | Beat]:
+            done: dict[UUID, Job | Verdict | Beat] = {}
+            if acks := [word for word in words if isinstance(word, Ack)]:
+                done |= await self._ack(transaction, acks)
+            if endings := [word for word in words if isinstance(word, Ending)]:
+                done |= await self._conclude(transaction, endings)
+            if heartbeats := [word for word in words if isinstance(word, Heartbeat)]:
+                done |= await self._heartbeat(transaction, heartbeats)
+            return done
+
+        return await self._keeping(lambda: self._database.transact(work))
 
     async def reap(self, limit: int, decide: Decide) -> list[Verdict]:
         """End up to `limit` leases that have run out, as `decide` says."""
 
         async def work(transaction: Transaction) -> list[Verdict]:
             rows = await transaction.fetch("lock_expired", self._clock(), limit)
-            return await self._write(transaction, rows, decide, None)
+            verdicts = [decide(_lease(row), row["now"]) for row in rows]
+            await self._write(transaction, verdicts, [None] * len(verdicts))
+            return verdicts
 
         return await self._keeping(lambda: self._database.transact(work))
 
-    async def recorded(self, job_id: UUID, lease_id: UUID) -> Recorded | None:
-        """Return how the attempt under this lease ended; None when it has not, or never was."""
-        for row in await self._database.fetch("recorded", job_id, lease_id):
-            return Recorded(
+    async def recorded(self, leases: Mapping[UUID, UUID]) -> dict[UUID, Recorded]:
+        """Return how the attempts under these leases (by job id) ended; those that have not are left out."""
+        rows = await self._database.fetch("recorded", list(leases), list(leases.values()))
+        return {
+            row["job_id"]: Recorded(
                 verb=None if row["verb"] is None else Verb(row["verb"]),
                 settled=Settled(state=State(row["state"]), run_at=row["run_at"]),
             )
-        return None
+            for row in rows
+        }
 
     async def promote(self, limit: int) -> list[Promoted]:
         """Make up to `limit` delayed jobs ready whose time has come; return them."""
@@ -325,10 +317,50 @@ class Jobs:
         now: datetime = (await self._database.fetch("now"))[0]["now"]
         return now
 
+    async def _ack(self, runner: Database | Transaction, acks: Sequence[Ack]) -> dict[UUID, Job]:
+        # Batches lock their rows in one order, so that none waits for another in a circle.
+        ordered = sorted(acks, key=lambda ack: ack.job_id)
+        rows = await runner.fetch(
+            "ack",
+            self._clock(),
+            [ack.job_id for ack in ordered],
+            [ack.lease_id for ack in ordered],
+            [ack.result for ack in ordered],
+        )
+        return {row["id"]: job_of(row) for row in rows}
+
+    async def _heartbeat(
+        self, runner: Database | Transaction, heartbeats: Sequence[Heartbeat]
+    ) -> dict[UUID, Beat]:
+        ordered = sorted(heartbeats, key=lambda heartbeat: heartbeat.job_id)
+        rows = await runner.fetch(
+            "heartbeat",
+            self._clock(),
+            [heartbeat.job_id for heartbeat in ordered],
+            [heartbeat.lease_id for heartbeat in ordered],
+            [heartbeat.extend_seconds for heartbeat in ordered],
+        )
+        return {
+            row["id"]: Beat(lease_expires_at=row["expires_at"], cancel_requested=row["cancel_requested"])
+            for row in rows
+        }
+
+    async def _conclude(self, transaction: Transaction, endings: Sequence[Ending]) -> dict[UUID, Verdict]:
+        ordered = sorted(endings, key=lambda ending: ending.job_id)
+        by_id = {ending.job_id: ending for ending in ordered}
+        rows = await transaction.fetch(
+            "lock_leases",
+            self._clock(),
+            [ending.job_id for ending in ordered],
+            [ending.lease_id for ending in ordered],
+        )
+        verdicts = {row["id"]: by_id[row["id"]].decide(_lease(row), row["now"]) for row in rows}
+        await self._write(transaction, list(verdicts.values()), [by_id[job_id].verb for job_id in verdicts])
+        return verdicts
+
     async def _write(
-        self, transaction: Transaction, rows: Sequence[asyncpg.Record], decide: Decide, verb: Verb | None
-    ) -> list[Verdict]:
-        verdicts = [decide(_lease(row), row["now"]) for row in rows]
+        self, transaction: Transaction, verdicts: Sequence[Verdict], verbs: Sequence[Verb | None]
+    ) -> None:
         if verdicts:
             await transaction.fetch(
                 "conclude",
@@ -341,17 +373,22 @@ class Jobs:
                 [None if verdict.error is None else _error_text(verdict.error) for verdict in verdicts],
                 [None if verdict.error is None else verdict.error.type for verdict in verdicts],
                 [verdict.outcome for verdict in verdicts],
-                [verb] * len(verdicts),
+                verbs,
             )
-        return verdicts
 
     async def _keeping(self, write: Callable[[], Awaitable[T]]) -> T:
-        """Run a write that adds to a table kept by day, and make the day when it is missing."""
+        """Run a write that ends attempts: make its day when that is missing, repeat it when its outcome is unknown.
+
+        What the first try has ended, the second does not find: the service answers from the record then.
+        """
         try:
             return await write()
         except asyncpg.CheckViolationError:
             await self._partitions.ensure(await self.now())
-            return await write()
+        except UnavailableError as error:
+            if not error.outcome_unknown:
+                raise
+        return await write()
 
 
 def job_of(row: Any) -> Job:
@@ -381,6 +418,28 @@ def job_of(row: Any) -> Job:
         reason=row.get("reason"),
         last_error=row["last_error"],
         result=row["result"],
+    )
+
+
+def _stored_job(job: NewJob, created_at: datetime, run_at: datetime) -> Job:
+    return Job(
+        id=job.id,
+        queue=job.queue,
+        type=job.type,
+        state=State.READY if run_at <= created_at else State.SCHEDULED,
+        payload=job.payload,
+        priority=job.priority,
+        attempt=0,
+        budget_start=0,
+        max_retries=job.max_retries,
+        backoff=job.backoff,
+        lease_seconds=job.lease_seconds,
+        timeout_seconds=job.timeout_seconds,
+        tags=job.tags,
+        metadata=job.metadata,
+        traceparent=job.traceparent,
+        created_at=created_at,
+        run_at=run_at,
     )
 
 

@@ -99,6 +99,14 @@ class Reads:
         rows = await self._look(select(*_shown(found)))
         return job_of(rows[0]) if rows else None
 
+    async def states(self, job_ids: Sequence[UUID]) -> dict[UUID, State]:
+        """Return the states of those of the jobs that there are."""
+        places = [place.subquery() for place in _places(frozenset(State))]
+        found = union_all(
+            *(select(place.c.id, place.c.state).where(place.c.id.in_(job_ids)) for place in places)
+        )
+        return {row["id"]: State(row["state"]) for row in await self._all(found)}
+
     async def page(self, wanted: JobFilter, limit: int, before: UUID | None) -> tuple[list[Job], UUID | None]:
         """Return up to `limit` jobs, newest first, beginning after the id `before`, and the id to go on from."""
         # A job does not end before it is created: that spares looking at older days.

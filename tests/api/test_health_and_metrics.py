@@ -314,10 +314,12 @@ async def test_requests_are_timed_by_route_and_neither_long_polls_nor_probes_are
     handlers = {
         dict(labels)["handler"] for of in timed.values() for labels in of if "handler" in dict(labels)
     }
-    assert handlers == {"/jobs", "/jobs/{job_id}", "none"}
+    assert handlers == {"/jobs", "/jobs/{job_id}", "/lease", "none"}
     [totals] = [of for name, of in timed.items() if name == "leaseq_http_requests_total"]
     assert totals[("handler", "/jobs"), ("method", "POST"), ("status", "2xx")] == 1
-    assert seen.samples["leaseq_lease_requests_total"][("status", "2xx"),] == 1
+    assert totals[("handler", "/lease"), ("method", "POST"), ("status", "2xx")] == 1
+    seconds = timed["leaseq_http_request_duration_seconds_count"]
+    assert {dict(labels)["handler"] for labels in seconds} == {"/jobs", "/jobs/{job_id}", "none"}
 
 
 async def test_no_label_takes_its_value_from_what_a_client_makes_up(queue: Replica):

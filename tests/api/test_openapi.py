@@ -25,7 +25,7 @@ METHODS = {"get", "put", "post", "delete", "patch", "head", "options", "trace"}
 
 @pytest.fixture(scope="module")
 def app() -> Any:
-    return build(Settings(_env_file=None, database_url="postgresql://")).app
+    return build(Settings(_env_file=None, database_url="postgresql://")).api.app
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ import pytest
 from structlog.testing import capture_logs
 from uuid_utils.compat import uuid7
 
-from app.engine.service import LeaseRequest
+from app.engine.leasing import LeaseRequest
 from app.engine.wakeup import HINT_BYTES_MAX, Room, Waiter
 from app.queue.errors import UnavailableError
 from app.queue.events import AttemptEnded, JobLeased, MaintenanceRan
@@ -25,7 +25,7 @@ from tests.conftest import Replica, World, with_database
 CHANNEL = "leaseq leaseq"
 QUICK_POLL_SECONDS = 0.05
 
-Leasing = asyncio.Task[list[LeasedJob]]
+Leasing = asyncio.Task[Sequence[LeasedJob]]
 
 
 def asleep(queue: Replica) -> int:
@@ -37,7 +37,7 @@ def asleep(queue: Replica) -> int:
 async def waiting(
     queue: Replica,
     *queues: str,
-    types: Sequence[str] | None = None,
+    types: tuple[str, ...] | None = None,
     gone: "asyncio.Future[object] | None" = None,
     max_jobs: int = 1,
 ) -> Leasing:
@@ -215,7 +215,7 @@ async def test_nothing_is_leased_for_a_client_that_has_gone_already(queue: Repli
     job = await queue.enqueue()
     gone = nobody_goes()
     gone.set_result(None)
-    assert await queue.machine.service.lease(LeaseRequest(queues=["q"]), gone) == []
+    assert await queue.machine.service.lease(LeaseRequest(queues=("q",)), gone) == []
     assert await queue.job(job["id"]) == job
     assert queue.machine.service.wakeups.waiters == 0
 
@@ -232,7 +232,7 @@ async def test_lease_that_finds_nothing_because_another_took_it_all_waits_on(que
 
 async def test_lease_waits_at_as_many_lines_as_a_request_may_name(queue: Replica):
     queues, types = [f"queue-{number}" for number in range(100)], [f"type-{number}" for number in range(10)]
-    leasing = await waiting(queue, *queues, types=types)
+    leasing = await waiting(queue, *queues, types=tuple(types))
     await queue.enqueue(queues[-1], type="another")
     job = await queue.enqueue(queues[-1], type=types[-1])
     assert ids(await leasing) == [job["id"]]
@@ -293,7 +293,7 @@ async def test_room_that_is_full_takes_the_next_lease_when_one_has_left(world: W
     gone = nobody_goes()
     leasing = [await waiting(queue, gone=gone), await waiting(queue)]
     with pytest.raises(UnavailableError, match="2 waiting leases"):
-        await queue.machine.service.lease(LeaseRequest(queues=["q"]), nobody_goes())
+        await queue.machine.service.lease(LeaseRequest(queues=("q",)), nobody_goes())
     gone.set_result(None)
     assert await leasing[0] == []
     leasing.append(await waiting(queue))
@@ -347,7 +347,7 @@ async def test_hint_that_is_too_large_for_a_notification_lets_the_others_look_fo
     a, b = await world.replica(), await world.replica()
     ear = await Ear.of(world)
     long_names = [f"{number:0100}" for number in range(HINT_BYTES_MAX // 100)]
-    leasing = await waiting(b, long_names[-1], types=["default"])
+    leasing = await waiting(b, long_names[-1], types=("default",))
     job_id = await store_silently(a, long_names[-1])
     a.machine.service.wakeups.announce({Line(name, "default"): 1 for name in long_names})
     assert ids(await leasing) == [job_id]
@@ -433,8 +433,8 @@ async def test_job_posted_while_a_replica_can_not_listen_is_found_when_it_listen
     await b.machine.service.wakeups.listening.wait()
 
 
-@pytest.mark.parametrize("types", [None, ["default"], ["other", "default"]])
-async def test_job_of_which_no_hint_came_is_found_by_the_poll(types: list[str] | None, world: World):
+@pytest.mark.parametrize("types", [None, ("default",), ("other", "default")])
+async def test_job_of_which_no_hint_came_is_found_by_the_poll(types: tuple[str, ...] | None, world: World):
     queue = await world.replica(poll_seconds=QUICK_POLL_SECONDS)
     leasing = await waiting(queue, "empty", "q", types=types)
     job_id = await store_silently(queue)

@@ -1,16 +1,25 @@
 """Holding rows and tables, so that races happen in a chosen order."""
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
+from uuid import uuid4
 
 import asyncpg
 import pytest
 
 from app.queue.events import MaintenanceRan
 from app.store.database import SQL_DIRECTORY
+from app.store.jobs import Claim, Jobs, Slot
 from tests.conftest import Replica, World
+
+
+async def claim(
+    jobs: Jobs, count: int = 1, queues: Sequence[str] = ("q",), types: Sequence[str] | None = None
+) -> Claim:
+    """Take up to `count` jobs for worker w."""
+    return await jobs.lease(queues, types, [Slot(uuid4(), None, "w") for _ in range(count)])
 
 
 @asynccontextmanager

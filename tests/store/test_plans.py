@@ -17,6 +17,7 @@ from uuid_utils.compat import uuid7
 from app.store.database import HOT_SETTINGS, Database, statement
 from app.store.jobs import CLAIM_SLACKS, Jobs, Line
 from tests.conftest import TEMPLATE, _recreate, with_database
+from tests.store import conftest as store
 
 BATCH = 10
 CLAIM_SLACK = CLAIM_SLACKS[0]
@@ -244,7 +245,7 @@ async def claim(
 ) -> list[Any]:
     """Return what a lease asks; it is asked where there is nothing to take."""
     empty = databases["empty_never_analysed"]
-    return await asked(empty, lambda jobs: jobs.lease(queues, types, max_jobs, None, "w"))
+    return await asked(empty, lambda jobs: store.claim(jobs, max_jobs, queues, types))
 
 
 def seeds(place: str, count: int = BATCH) -> list[UUID]:
@@ -341,7 +342,9 @@ class TestSettling:
 
     async def test_a_repeated_verb_looks_its_attempt_up(self, databases: dict[str, Seeded], seeded: Seeded):
         [job_id], [lease_id] = seeds("leases", 1), tokens(1)
-        repeat = await asked(databases["empty_never_analysed"], lambda jobs: jobs.recorded(job_id, lease_id))
+        repeat = await asked(
+            databases["empty_never_analysed"], lambda jobs: jobs.recorded({job_id: lease_id})
+        )
         (await seeded.explain_text(*repeat)).assert_reads_only_what_it_takes(1)
 
 

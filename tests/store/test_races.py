@@ -7,12 +7,12 @@ from uuid import UUID
 import httpx
 import pytest
 
+from app.engine.service import released
 from app.queue.lifecycle import State
-from app.queue.model import Verb
-from app.queue.policy import decide_expiry, decide_release
-from app.store.jobs import Ack
+from app.queue.model import Ack
+from app.queue.policy import decide_expiry
 from tests.conftest import Clock, Replica, World
-from tests.store.conftest import holding, idle_replica, in_turn, logged
+from tests.store.conftest import claim, holding, idle_replica, in_turn, logged
 
 LEASE = "SELECT FROM leases WHERE id = $1 FOR UPDATE"
 BODY = "SELECT FROM jobs WHERE id = $1 FOR UPDATE"
@@ -285,11 +285,11 @@ class TestLeasing:
     async def test_a_claim_that_finds_every_job_in_other_hands_says_so(self, world: World, queue: Replica):
         job = await queue.enqueue()
         jobs = queue.machine.jobs
-        assert not (await jobs.lease(["other"], None, 1, None, None)).contended
+        assert not (await claim(jobs, 1, ["other"])).contended
         async with holding(world, "SELECT FROM ready WHERE id = $1 FOR UPDATE", job["id"]):
             for types in (None, ["default"]):
-                claim = await jobs.lease(["q"], types, 1, None, None)
-                assert (claim.jobs, claim.contended) == ([], True)
+                found = await claim(jobs, 1, ["q"], types)
+                assert (found.jobs, found.contended) == ([], True)
 
     async def test_a_lease_that_waits_looks_again_while_every_job_is_in_other_hands(self, world: World):
         """Nobody calls it when the other one lets go of what it held."""
@@ -601,15 +601,11 @@ class TestMaintaining:
         for _ in range(2):
             await queue.enqueue()
         kept, lost = await queue.lease(max_jobs=2)
-        leases = {UUID(job["id"]): UUID(job["lease_id"]) for job in (kept, lost)}
+        releases = [released(UUID(job["id"]), UUID(job["lease_id"]), 0) for job in (kept, lost)]
         async with holding(world, BODY, lost["id"]):
             acking = settle(queue, "ack", lost)
             await world.blocked(1)
-            releasing = asyncio.create_task(
-                queue.machine.jobs.conclude(
-                    leases, Verb.RELEASE, lambda lease, now: decide_release(lease, 0, now)
-                )
-            )
+            releasing = asyncio.create_task(queue.machine.jobs.conclude(releases))
             await world.blocked(2)
         assert (await acking).status_code == 200
         verdicts = await releasing

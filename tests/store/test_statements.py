@@ -3,11 +3,11 @@
 import pytest
 from uuid_utils.compat import uuid7
 
-from app.queue.model import JobDefaults, JobRequest, NewJob, Verb
-from app.queue.policy import decide_expiry, decide_release, resolve
-from app.store.jobs import Ack
+from app.engine.service import released
+from app.queue.model import Ack, JobDefaults, JobRequest, NewJob
+from app.queue.policy import decide_expiry, resolve
 from tests.conftest import Replica, World
-from tests.store.conftest import idle_replica, logged
+from tests.store.conftest import claim, idle_replica, logged
 
 TRANSACTION = ["BEGIN;", "lock_leases", "conclude", "COMMIT;"]
 
@@ -80,8 +80,8 @@ async def test_a_hundred_jobs_are_enqueued_leased_and_acked_with_a_statement_eac
     jobs = queue.machine.jobs
     async with logged(queue) as statements:
         await jobs.enqueue(new_jobs(100))
-        claim = await jobs.lease(["q"], None, 100, None, None)
-        acked = await jobs.ack([Ack(job.id, job.lease_id, None) for job in claim.jobs])
+        leased = (await claim(jobs, 100)).jobs
+        acked = await jobs.ack([Ack(job.id, job.lease_id, None) for job in leased])
     assert len(acked) == 100
     assert statements == ["enqueue", "lease", "ack"]
 
@@ -89,9 +89,9 @@ async def test_a_hundred_jobs_are_enqueued_leased_and_acked_with_a_statement_eac
 async def test_a_hundred_leases_end_in_one_transaction(queue: Replica):
     jobs = queue.machine.jobs
     await jobs.enqueue(new_jobs(100))
-    leases = {job.id: job.lease_id for job in (await jobs.lease(["q"], None, 100, None, None)).jobs}
+    leased = (await claim(jobs, 100)).jobs
     async with logged(queue) as statements:
-        ended = await jobs.conclude(leases, Verb.RELEASE, lambda lease, now: decide_release(lease, 0, now))
+        ended = await jobs.conclude([released(job.id, job.lease_id, 0) for job in leased])
     assert len(ended) == 100
     assert statements == TRANSACTION
 
@@ -99,7 +99,7 @@ async def test_a_hundred_leases_end_in_one_transaction(queue: Replica):
 async def test_a_hundred_leases_are_reaped_in_one_transaction(queue: Replica):
     jobs = queue.machine.jobs
     await jobs.enqueue(new_jobs(100))
-    await jobs.lease(["q"], None, 100, None, None)
+    await claim(jobs, 100)
     queue.clock.move(60)
     async with logged(queue) as statements:
         reaped = await jobs.reap(100, lambda lease, now: decide_expiry(lease, now, 0.5))

@@ -33,6 +33,6 @@ WITH item AS MATERIALIZED (
     FROM item
    GROUP BY queue
 )
-SELECT now AS created_at, due_at AS run_at, due_at <= now AS is_ready
+SELECT now AS created_at, due_at AS run_at
   FROM item
  ORDER BY place

@@ -1,11 +1,12 @@
--- Take up to $3 jobs that are ready on the lines ($2 queues, with $8 types where the lease names types), in the
--- order of priority, then of the time each became ready.
+-- Take up to $3 jobs that are ready on the lines ($2 queues, with $9 types where the lease names types), in the
+-- order of priority, then of the time each became ready. The first job taken gets the first of the slots ($5 lease
+-- ids, $6 lengths in seconds or null, $7 workers), and so on: several requests may share one claim.
 --
 -- `candidate` only reads: the head of each line at each level of priority, merged. It takes $4 more than asked, so
 -- that what other claims have locked at this moment can be passed over. `taken` locks one by one and stops at the
 -- limit: what is not handed out is not kept from other claims (but for what no reply has room for, until the
 -- COMMIT). Rows of `ready` are never updated, so their ctid stays theirs for the length of this statement.
--- A reply stops before $7 bytes of payload, though never before its first job.
+-- A reply stops before $8 bytes of payload, though never before its first job.
 -- There is always one row: `seen` tells an empty line from a line that others hold at this moment.
 WITH candidate AS MATERIALIZED (
   SELECT head.tid, level.priority, head.since
@@ -43,14 +44,14 @@ WITH candidate AS MATERIALIZED (
            WHERE b.id = taken.id
           OFFSET 0) AS body
 ), chosen AS MATERIALIZED (
-  SELECT sized.*, gen_random_uuid() AS lease_id, clock.now AS leased_at,
+  SELECT sized.*, ($5::uuid[])[sized.place] AS lease_id, ($7::text[])[sized.place] AS worker, clock.now AS leased_at,
          length.seconds AS lease_length_seconds,
          clock.now + sized.timeout_seconds * interval '1 second' AS deadline_at,
          clock.now + least(length.seconds, sized.timeout_seconds) * interval '1 second' AS expires_at
     FROM sized
    CROSS JOIN (SELECT coalesce($1::timestamptz, now()) AS now) AS clock
-   CROSS JOIN LATERAL (SELECT coalesce($5::float8, sized.lease_seconds) AS seconds) AS length
-   WHERE sized.place = 1 OR sized.bytes <= $7::bigint
+   CROSS JOIN LATERAL (SELECT coalesce(($6::float8[])[sized.place], sized.lease_seconds) AS seconds) AS length
+   WHERE sized.place = 1 OR sized.bytes <= $8::bigint
 ), gone AS (
   DELETE FROM {schema}.ready WHERE ctid = ANY (ARRAY(SELECT tid FROM chosen))
 ), leased AS (
@@ -58,7 +59,7 @@ WITH candidate AS MATERIALIZED (
          (id, queue, type, priority, attempt, noted, lease_id, since, leased_at, expires_at, deadline_at,
           lease_seconds, worker, cancel_requested)
   SELECT id, queue, type, priority, attempt + 1, noted, lease_id, since, leased_at, expires_at, deadline_at,
-         lease_length_seconds, $6::text, false
+         lease_length_seconds, worker, false
     FROM chosen
 ), counted AS (
   INSERT INTO {schema}.deltas (queue, ready, active)

@@ -1,8 +1,17 @@
--- How the attempt under this lease ended, for a repeat of the verb that ended it. Acks are kept in history.
-SELECT a.verb, a.state, a.run_at
-  FROM {schema}.attempts AS a
- WHERE a.job_id = $1::uuid AND a.lease_id = $2::uuid
+-- How attempts ended, by their leases ($1 job ids, $2 lease ids), for repeats of the verbs that ended them. Acks are
+-- kept in history.
+SELECT a.job_id, a.verb, a.state, a.run_at
+  FROM unnest($1::uuid[], $2::uuid[]) AS t(job_id, lease_id)
+ CROSS JOIN LATERAL (
+        SELECT x.job_id, x.verb, x.state, x.run_at
+          FROM {schema}.attempts AS x
+         WHERE x.job_id = t.job_id AND x.lease_id = t.lease_id
+        OFFSET 0) AS a
 UNION ALL
-SELECT 'ack', 'completed', NULL
-  FROM {schema}.history AS h
- WHERE h.id = $1::uuid AND h.lease_id = $2::uuid
+SELECT h.id, 'ack', 'completed', NULL
+  FROM unnest($1::uuid[], $2::uuid[]) AS t(job_id, lease_id)
+ CROSS JOIN LATERAL (
+        SELECT x.id
+          FROM {schema}.history AS x
+         WHERE x.id = t.job_id AND x.lease_id = t.lease_id
+        OFFSET 0) AS h

@@ -1,0 +1,84 @@
+"""Reading a list of settled jobs: each item is decoded, checked and answered by itself."""
+
+from collections.abc import Sequence
+
+import msgspec
+
+from app.api.body import validated
+from app.api.problems import RequestError, problem_of
+from app.api.schemas import AckItem, FailItem, HeartbeatItem, Item, ReleaseItem, SettledItem
+from app.api.thin import job_id_of, lease_id_of
+from app.engine.service import Said, Service, failed, released
+from app.queue.errors import InvalidRequestError, QueueError
+from app.queue.lifecycle import State
+from app.queue.model import Ack, Beat, Heartbeat, Word
+
+_DECODER = msgspec.json.Decoder(Item)
+
+
+def bounded(field: str, value: bytes, bytes_max: int) -> bytes:
+    """Return `value`. Raises RequestError when it is too large."""
+    if len(value) > bytes_max:
+        raise RequestError("payload_too_large", f"{field} may have at most {bytes_max} bytes.")
+    return value
+
+
+class Settling:
+    """Answers lists of items."""
+
+    def __init__(self, service: Service, payload_bytes_max: int) -> None:
+        self._service = service
+        self._payload_bytes_max = payload_bytes_max
+
+    async def settle(self, request_id: str, items: Sequence[msgspec.Raw]) -> list[SettledItem]:
+        """Take all items; return what came of each, in order. Raises InvalidRequestError when two name one job."""
+        words: list[Word] = []
+        read: list[tuple[str, Word | QueueError]] = []
+        for raw in items:
+            job_id = ""
+            try:
+                item = validated(_DECODER, bytes(raw))
+                job_id = item.job_id
+                word = self._word(item)
+            except QueueError as error:
+                read.append((job_id, error))
+            else:
+                words.append(word)
+                read.append((job_id, word))
+        if len({word.job_id for word in words}) < len(words):
+            raise InvalidRequestError("items", "must name each job once")
+        answers = iter(await self._service.settle(words)) if words else iter(())
+        return [
+            _result(request_id, job_id, each if isinstance(each, QueueError) else next(answers))
+            for job_id, each in read
+        ]
+
+    def _word(self, item: Item) -> Word:
+        job_id, lease_id = job_id_of(item.job_id), lease_id_of(item.lease_id)
+        match item:
+            case AckItem():
+                result = None if item.result is msgspec.UNSET else bytes(item.result)
+                return Ack(job_id, lease_id, result and bounded("result", result, self._payload_bytes_max))
+            case FailItem():
+                return failed(job_id, lease_id, item.to_failure())
+            case ReleaseItem():
+                return released(job_id, lease_id, item.delay_seconds)
+            case HeartbeatItem():
+                return Heartbeat(job_id, lease_id, item.extend_seconds)
+
+
+def _result(request_id: str, job_id: str, answer: Said | QueueError) -> SettledItem:
+    if isinstance(answer, QueueError):
+        problem = problem_of(request_id, answer)
+        return SettledItem(job_id, problem.status, error=problem)
+    if isinstance(answer, Beat):
+        return SettledItem(
+            job_id,
+            200,
+            state=State.ACTIVE,
+            lease_expires_at=answer.lease_expires_at,
+            cancel_requested=answer.cancel_requested,
+            directive="continue",
+        )
+    run_at = None if answer.state is State.COMPLETED else getattr(answer, "run_at", None)
+    return SettledItem(job_id, 200, state=answer.state, run_at=run_at)

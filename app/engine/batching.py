@@ -1,0 +1,123 @@
+"""Group commit: what arrives while a statement runs goes into the next one.
+
+A commit costs a flush of the disk whatever it holds, so concurrent requests share one. There is no timer: a request
+on an idle system is sent at once, alone; under load a batch is what came in during the flush before it.
+
+An item waits in a bounded line (full: UnavailableError, the caller answers 503), is written in a batch of bounded
+size, and gets its answer after the COMMIT. Its submitter may go away meanwhile: the item is written all the same, and
+`orphaned` is told what came of it.
+"""
+
+import asyncio
+from collections import deque
+from collections.abc import Awaitable, Callable, Hashable, Sequence
+from typing import Generic, TypeVar
+
+from app.queue.errors import UnavailableError
+
+BATCH_MAX = 500
+LINE_MAX = 20_000
+
+Item = TypeVar("Item")
+Answer = TypeVar("Answer")
+
+Flush = Callable[[Sequence[Item]], Awaitable[Sequence[Answer]]]
+
+
+class Batcher(Generic[Item, Answer]):
+    """Joins single items into batches, one batch at a time.
+
+    `flush` writes a batch, commits, and returns an answer an item, in order. When it fails with an error that is not
+    a matter of time, each item is tried alone, so that a bad one spoils nothing for its neighbours. `weight` is an
+    item's share of a batch; two items with the same `key` never share one.
+    """
+
+    def __init__(
+        self,
+        flush: Flush[Item, Answer],
+        *,
+        weight: Callable[[Item], int] = lambda _: 1,
+        key: Callable[[Item], Hashable] | None = None,
+        orphaned: Callable[[Answer], None] = lambda _: None,
+        batch_max: int = BATCH_MAX,
+    ) -> None:
+        self._flush = flush
+        self._weight = weight
+        self._key = key
+        self._orphaned = orphaned
+        self._batch_max = batch_max
+        self._line: deque[tuple[Item, asyncio.Future[Answer]]] = deque()
+        self._flushing: asyncio.Task[None] | None = None
+
+    async def submit(self, item: Item) -> Answer:
+        """Write `item` with whatever else is in line; return its answer. Raises what its flush raises."""
+        if len(self._line) >= LINE_MAX:
+            raise UnavailableError("Too many requests are in line already; come back a little later.")
+        answer: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+        self._line.append((item, answer))
+        if self._flushing is None:
+            self._flushing = asyncio.create_task(self._flush_all())
+        return await answer
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is in line and nothing is being written."""
+        return self._flushing is None
+
+    async def drained(self) -> None:
+        """Wait until everything in line has been written."""
+        if self._flushing is not None:
+            await asyncio.wait({self._flushing})
+
+    async def _flush_all(self) -> None:
+        try:
+            while self._line:
+                await self._write(self._next_batch())
+        finally:
+            self._flushing = None
+            if self._line:  # only when this task was cancelled
+                for _, answer in self._line:
+                    answer.cancel()
+                self._line.clear()
+
+    def _next_batch(self) -> list[tuple[Item, asyncio.Future[Answer]]]:
+        batch: list[tuple[Item, asyncio.Future[Answer]]] = []
+        keys: set[Hashable] = set()
+        later: list[tuple[Item, asyncio.Future[Answer]]] = []
+        weight = 0
+        while self._line and (not batch or weight + self._weight(self._line[0][0]) <= self._batch_max):
+            item, answer = self._line.popleft()
+            if self._key is not None:
+                key = self._key(item)
+                if key in keys:
+                    later.append((item, answer))
+                    continue
+                keys.add(key)
+            batch.append((item, answer))
+            weight += self._weight(item)
+        self._line.extendleft(reversed(later))
+        return batch
+
+    async def _write(self, batch: list[tuple[Item, asyncio.Future[Answer]]]) -> None:
+        try:
+            answers = await self._flush([item for item, _ in batch])
+        except UnavailableError as error:
+            for _, future in batch:
+                _refuse(future, UnavailableError(str(error), error.retry_after_seconds))
+        except Exception as error:  # noqa: BLE001  # handed to those who wait for it
+            if len(batch) == 1:
+                _refuse(batch[0][1], error)
+                return
+            for alone in batch:
+                await self._write([alone])
+        else:
+            for (_, future), answer in zip(batch, answers, strict=True):
+                if future.done():
+                    self._orphaned(answer)
+                else:
+                    future.set_result(answer)
+
+
+def _refuse(future: "asyncio.Future[Answer]", error: Exception) -> None:
+    if not future.done():
+        future.set_exception(error)

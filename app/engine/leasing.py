@@ -1,0 +1,72 @@
+"""Claims: leases that want the same at the same time share one statement.
+
+What a claim takes is handed out in the order in which its requests came, each up to its `max_jobs`.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from uuid_utils.compat import uuid4
+
+from app.engine.batching import Batcher
+from app.store.jobs import Claim, Jobs, Line, Slot
+
+JOBS_PER_CLAIM = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseRequest:
+    """What a worker asks for; None where it named nothing."""
+
+    queues: tuple[str, ...]
+    types: tuple[str, ...] | None = None
+    worker: str | None = None
+    max_jobs: int = 1
+    wait_seconds: float = 20.0
+    lease_seconds: float | None = None
+
+    @property
+    def lines(self) -> set[Line]:
+        """Where the request waits: at whole queues, or at their types."""
+        return {Line(queue, type_) for queue in self.queues for type_ in self.types or (None,)}
+
+
+class Claims:
+    """Takes jobs for requests. `orphaned` gets what was taken for a request that has been cancelled meanwhile."""
+
+    def __init__(self, jobs: Jobs, orphaned: Callable[[Claim], None]) -> None:
+        self._jobs = jobs
+        self._orphaned = orphaned
+        self._batchers: dict[object, Batcher[LeaseRequest, Claim]] = {}
+
+    async def claim(self, wanted: LeaseRequest) -> Claim:
+        """Take up to `max_jobs` that are ready now. Raises UnavailableError."""
+        kind = (wanted.queues, wanted.types)
+        batcher = self._batchers.get(kind)
+        if batcher is None:
+            batcher = self._batchers[kind] = Batcher(
+                self._take,
+                weight=lambda request: request.max_jobs,
+                orphaned=self._orphaned,
+                batch_max=JOBS_PER_CLAIM,
+            )
+        try:
+            return await batcher.submit(wanted)
+        finally:
+            if batcher.idle:
+                self._batchers.pop(kind, None)
+
+    async def _take(self, requests: Sequence[LeaseRequest]) -> list[Claim]:
+        slots = [
+            Slot(uuid4(), request.lease_seconds, request.worker)
+            for request in requests
+            for _ in range(request.max_jobs)
+        ]
+        claim = await self._jobs.lease(requests[0].queues, requests[0].types, slots)
+        answers = []
+        begin = 0
+        for request in requests:
+            taken = claim.jobs[begin : begin + request.max_jobs]
+            answers.append(Claim(jobs=taken, contended=claim.contended and not taken))
+            begin += request.max_jobs
+        return answers
