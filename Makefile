@@ -1,6 +1,6 @@
 # `make help` lists the targets. Everything works from a fresh clone: the first target that needs it makes .venv.
 .DEFAULT_GOAL := help
-.PHONY: help run test check lint types contracts openapi openapi-check unit demo migrate format lock clean system-tools
+.PHONY: help run test check lint types contracts openapi openapi-check unit demo bench bench-quick migrate format lock clean system-tools
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -39,6 +39,12 @@ unit: .venv/.dev ## The tests alone
 demo: .venv/.dev ## Three workers in three languages digest a tree of files; one is killed on the way
 	$(BIN)/python -m examples.demo
 
+bench: .venv/.bench ## Measure leaseq beside its peers (an hour) and write docs/benchmarks.md
+	$(BIN)/python -m benchmarks --write
+
+bench-quick: .venv/.bench ## The same, coarsely, in less than three minutes
+	$(BIN)/python -m benchmarks --quick
+
 migrate: .venv/.run ## Bring the database's schema up to date
 	$(BIN)/python -m app migrate
 
@@ -50,6 +56,7 @@ lock: ## Renew the locked dependencies (needs uv)
 	uv pip compile -q --upgrade --universal --python-version 3.11 --generate-hashes --no-header --extra embedded pyproject.toml -o requirements/run.txt
 	uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-header -c requirements/run.txt pyproject.toml -o requirements/service.txt
 	uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-header -c requirements/run.txt --all-extras pyproject.toml -o requirements/dev.txt
+	uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-header -c requirements/dev.txt --extra embedded pyproject.toml benchmarks/requirements.in -o requirements/bench.txt
 
 clean: ## Remove what was made here, but not the data in .leaseq
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache .coverage*
@@ -74,3 +81,7 @@ system-tools:
 	@command -v jq >/dev/null && command -v curl >/dev/null || { \
 	  [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq && apt-get install -y -qq jq curl >/dev/null; } || { \
 	  echo "The tests of the shell worker need jq and curl: install them with your package manager."; exit 1; }
+
+.venv/.bench: requirements/bench.txt | .venv/bin/python
+	@$(BIN)/python -m pip install -q --disable-pip-version-check --require-hashes -r requirements/bench.txt
+	@touch $@

@@ -1,0 +1,341 @@
+"""How long a lease takes: when idle, before a long line of jobs, and while an old transaction pins the horizon."""
+
+import asyncio
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+from uuid import UUID, uuid4
+
+import asyncpg
+import psycopg
+
+from app.store.database import HOT_SETTINGS, Database
+from app.store.jobs import Jobs, Slot
+from benchmarks.client import Client, paced
+from benchmarks.lab import QUEUE, Lab, fill, in_turn, tidy
+from benchmarks.results import Findings, Plot, Row, Series, Table, at_most, number, quantile, within
+
+PAUSE_SECONDS = 0.03
+WAIT_SECONDS = 20
+TRAFFIC_A_SECOND = 300
+TRAFFIC_CONCURRENCY = 8
+SLICES = 40
+WITHOUT_PART = 5
+"""The run without a pinned horizon is this much shorter: it has no trend."""
+POINTS = 200
+
+
+def pick_up(lab: Lab) -> Findings:
+    """From the POST of a job to the reply of the worker that waits, in an idle system, one after the other."""
+    ours, theirs = lab.database("leaseq"), lab.database("graphile")
+    count = lab.plan.pick_ups
+    with lab.leaseq(ours) as service:
+        found = in_turn(
+            lab,
+            {
+                "leaseq": lambda: asyncio.run(_pick_up(service.port, count)),
+                "graphile-worker": lambda: list[float](
+                    lab.peer("graphile", theirs, "pick_up", count=count, pause_ms=PAUSE_SECONDS * 1000)[
+                        "latencies"
+                    ]
+                ),
+            },
+        )
+    mine, others = found["leaseq"], found["graphile-worker"]
+
+    def at(rounds: Sequence[Sequence[float]], share: float) -> Series:
+        return Series.of(quantile(each, share) for each in rounds)
+
+    what = "`POST /jobs` to a waiting worker's reply, idle, "
+    against = "graphile-worker, `addJob` to task start, "
+    return Findings(
+        rows=[
+            within(5, what + "p50", at(mine, 0.5), " ms"),
+            within(20, what + "p99", at(mine, 0.99), " ms"),
+            at_most(1, what + "p50", at(mine, 0.5), against + "p50", at(others, 0.5)),
+            at_most(1, what + "p99", at(mine, 0.99), against + "p99", at(others, 0.99)),
+        ],
+        plots=[
+            Plot(
+                "pick-up",
+                "Pick-up latency, idle system",
+                "ms",
+                "share of jobs picked up",
+                {
+                    name: _distribution([each for one in rounds for each in one])
+                    for name, rounds in found.items()
+                },
+                log_across=True,
+            )
+        ],
+    )
+
+
+async def _pick_up(port: int, count: int) -> list[float]:
+    worker, producer = await Client.connect(port), await Client.connect(port)
+    latencies = []
+
+    async def wait() -> tuple[float, dict[str, Any]]:
+        [job] = await worker.lease(QUEUE, WAIT_SECONDS)
+        return time.perf_counter(), job
+
+    for _ in range(count):
+        waiting = asyncio.create_task(wait())
+        await asyncio.sleep(PAUSE_SECONDS)
+        began = time.perf_counter()
+        await producer.enqueue(QUEUE)
+        ended, job = await waiting
+        latencies.append((ended - began) * 1000)
+        await worker.ack(job)
+    worker.close()
+    producer.close()
+    return latencies
+
+
+def _distribution(values: Sequence[float]) -> list[tuple[float, float]]:
+    return [(quantile(values, share / POINTS), share / POINTS) for share in range(POINTS + 1)]
+
+
+def backlog(lab: Lab) -> Findings:
+    """A lease before few ready jobs and before many: what it reads, and how long it takes."""
+    few, many = lab.database("leaseq_few"), lab.database("leaseq_many")
+    for url in (few, many):
+        with lab.leaseq(url):  # which brings its tables
+            pass
+    least, *sizes = lab.plan.backlogs
+    fill(few, least)
+    tidy(few)
+    filled = 0
+    table, p50s, p99s = [], [], []
+    for size in sizes:
+        lab.says(f"{size:,} ready jobs: filling")
+        fill(many, size - filled)
+        tidy(many)
+        filled = size
+        with lab.leaseq(few) as small, lab.leaseq(many) as large:
+            runs = in_turn(
+                lab,
+                {"few": _leases(small.port, lab.plan.leases), "many": _leases(large.port, lab.plan.leases)},
+            )
+        buffers = {count: buffers_of_a_lease(url) for count, url in ((least, few), (size, many))}
+        p50 = {name: Series.of(quantile(each, 0.5) for each in rounds) for name, rounds in runs.items()}
+        p99 = {name: Series.of(quantile(each, 0.99) for each in rounds) for name, rounds in runs.items()}
+        if size == sizes[0]:
+            table.append((f"{least:,}", str(buffers[least]), p50["few"].text(), p99["few"].text()))
+            p50s.append((float(least), p50["few"].median))
+            p99s.append((float(least), p99["few"].median))
+        table.append((f"{size:,}", str(buffers[size]), p50["many"].text(), p99["many"].text()))
+        p50s.append((float(size), p50["many"].median))
+        p99s.append((float(size), p99["many"].median))
+    what, against = f"lease at {size:,} ready jobs, ", f"at {least:,}"
+    ratio = p99["many"].over(p99["few"])
+    return Findings(
+        rows=[
+            at_most(
+                1.3,
+                what + "buffers touched",
+                Series.of([buffers[size]]),
+                against,
+                Series.of([buffers[least]]),
+                unit="",
+            ),
+            Row(
+                what + "p99",
+                p99["many"].text(" ms"),
+                against,
+                p99["few"].text(" ms"),
+                ratio.text(" ×"),  # noqa: RUF001
+                "within noise: the spreads meet",
+                ratio.median <= 1 or p99["many"].overlaps(p99["few"]),
+            ),
+        ],
+        tables=[Table("A lease by backlog", ("ready jobs", "buffers", "p50 ms", "p99 ms"), table)],
+        plots=[
+            Plot(
+                "backlog",
+                "A lease over HTTP by backlog",
+                "ready jobs",
+                "ms",
+                {"p50": p50s, "p99": p99s},
+                log_across=True,
+            )
+        ],
+    )
+
+
+def _leases(port: int, count: int) -> Callable[[], list[float]]:
+    async def run() -> list[float]:
+        client = await Client.connect(port)
+        latencies = []
+        for _ in range(count):
+            began = time.perf_counter()
+            [job] = await client.lease(QUEUE)
+            latencies.append((time.perf_counter() - began) * 1000)
+            await client.ack(job)
+            await client.enqueue(QUEUE)
+        client.close()
+        return latencies
+
+    return lambda: asyncio.run(run())
+
+
+def pinned(lab: Lab) -> Findings:
+    """A lease while an old transaction keeps PostgreSQL from cleaning up, against the same without; then a peer."""
+    seconds, slices = lab.plan.pinned_seconds, SLICES
+    few = max(1, slices // WITHOUT_PART)
+
+    def traffic(*, pin: bool) -> tuple[list[tuple[float, float]], int]:
+        url = lab.database("leaseq_pinned")
+        with lab.leaseq(url) as service, _pinned(url, really=pin):
+            lab.says("leaseq, " + ("pinned" if pin else "without"))
+            found = asyncio.run(
+                paced(
+                    service.port,
+                    QUEUE,
+                    rate=TRAFFIC_A_SECOND,
+                    seconds=seconds if pin else seconds / WITHOUT_PART,
+                    slices=slices if pin else few,
+                    concurrency=TRAFFIC_CONCURRENCY,
+                )
+            )
+            fill(url, 3)
+            return found, buffers_of_a_lease(url)
+
+    def peer(*, pin: bool) -> list[tuple[float, float]]:
+        url = lab.pgboss("pgboss_pinned")
+        with _pinned(url, really=pin):
+            lab.says("pg-boss, " + ("pinned" if pin else "without"))
+            answer = lab.peer(
+                "pgboss",
+                url,
+                "traffic",
+                rate=TRAFFIC_A_SECOND,
+                seconds=seconds if pin else seconds / WITHOUT_PART,
+                slices=slices if pin else few,
+                concurrency=TRAFFIC_CONCURRENCY,
+            )
+        return [(p50, p99) for p50, p99 in answer["slices"] if p50 is not None]
+
+    (without, buffers_without), theirs_without = traffic(pin=False), peer(pin=False)
+    (held, buffers_held), theirs_held = traffic(pin=True), peer(pin=True)
+    ours, base = _end(held), _middle(without)
+    what = f"lease after {seconds} s of traffic with a pinned xmin horizon, "
+    step = seconds / slices
+
+    def line(found: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+        return [((place + 1) * step, p50) for place, (p50, _) in enumerate(found)]
+
+    return Findings(
+        rows=[
+            at_most(1.5, what + "p50", Series.of([ours[0]]), "without", Series.of([base[0]])),
+            at_most(
+                1.5,
+                what + "buffers touched",
+                Series.of([buffers_held]),
+                "without",
+                Series.of([buffers_without]),
+                unit="",
+            ),
+        ],
+        tables=[
+            Table(
+                f"A lease at the end of {seconds} s of {TRAFFIC_A_SECOND} jobs/s with a pinned xmin horizon, ms",
+                ("system", "p50 without", "p50 pinned", "ratio", "p99 without", "p99 pinned"),
+                [
+                    _pinned_row("leaseq, over HTTP", base, ours),
+                    _pinned_row("pg-boss, in-process", _middle(theirs_without), _end(theirs_held)),
+                ],
+                f"The end is the last fifth. Without runs for {seconds // WITHOUT_PART} s: it has no trend.",
+            )
+        ],
+        plots=[
+            Plot(
+                "pinned",
+                f"Lease with a pinned xmin horizon, {TRAFFIC_A_SECOND} jobs a second",
+                "seconds since the horizon was pinned",
+                "p50 of a lease, ms",
+                {"leaseq": line(held), "pg-boss": line(theirs_held)},
+                log_up=True,
+            )
+        ],
+    )
+
+
+@contextmanager
+def _pinned(url: str, *, really: bool) -> Iterator[None]:
+    with psycopg.connect(url) as connection:
+        if really:
+            connection.execute("BEGIN ISOLATION LEVEL REPEATABLE READ")
+            connection.execute("SELECT 1")
+        yield
+        connection.rollback()
+
+
+def _end(found: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    return _middle(found[-max(1, len(found) // WITHOUT_PART) :])
+
+
+def _middle(found: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    return Series.of(p50 for p50, _ in found).median, Series.of(p99 for _, p99 in found).median
+
+
+def _pinned_row(name: str, without: tuple[float, float], held: tuple[float, float]) -> tuple[str, ...]:
+    ratio = f"{number(held[0] / without[0])} ×"  # noqa: RUF001
+    return (name, number(without[0]), number(held[0]), ratio, number(without[1]), number(held[1]))
+
+
+def buffers_of_a_lease(url: str) -> int:
+    """Lease a job or two as the service does, then explain that statement, as its sessions would plan it."""
+
+    async def run() -> int:
+        seen: list[Any] = []
+        database = Database(url, schema="leaseq", pool_size=1)
+        await database.start()
+        try:
+            jobs = Jobs(database)
+            # The first lease may learn where the line begins.
+            await jobs.lease([QUEUE], None, [Slot(uuid4(), None, None)])
+            async with database.hot.acquire() as connection:
+                connection.add_query_logger(seen.append)
+            await jobs.lease([QUEUE], None, [Slot(uuid4(), None, None)])
+            await asyncio.sleep(0)  # the logger is called soon
+        finally:
+            await database.close()
+        # The pool logs statements of its own.
+        [lease] = [each for each in seen if "leaseq" in each.query]
+        return await _explain(url, lease.query, lease.args)
+
+    return asyncio.run(run())
+
+
+async def _explain(url: str, text: str, values: Sequence[object]) -> int:
+    connection = await asyncpg.connect(url, server_settings=HOT_SETTINGS)
+    try:
+        transaction = connection.transaction()
+        await transaction.start()
+        await connection.execute(f"PREPARE lease AS {text}")
+        execute = f"EXECUTE lease ({', '.join(map(_literal, values))})" if values else "EXECUTE lease"
+        found = await connection.fetchval(f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) {execute}")
+        await transaction.rollback()
+    finally:
+        await connection.close()
+    root = json.loads(found)[0]["Plan"]
+    return int(root["Shared Hit Blocks"]) + int(root["Shared Read Blocks"])
+
+
+def _literal(value: object) -> str:
+    match value:
+        case None:
+            return "NULL"
+        case int() | float():
+            return str(value)
+        case list():
+            return f"'{{{','.join('NULL' if each is None else _word(each) for each in value)}}}'"
+        case _:
+            return f"'{value}'"
+
+
+def _word(value: object) -> str:
+    return str(value) if isinstance(value, UUID | int | float) else f'"{value}"'
