@@ -11,8 +11,9 @@ from uuid import UUID, uuid4
 import asyncpg
 import psycopg
 
+from app.engine.cursors import Cursors
 from app.store.database import HOT_SETTINGS, Database
-from app.store.jobs import Jobs, Slot
+from app.store.jobs import Jobs, Line, Slot
 from benchmarks.client import Client, paced
 from benchmarks.lab import QUEUE, Lab, fill, in_turn, tidy
 from benchmarks.results import Findings, Plot, Row, Series, Table, at_most, number, quantile, within
@@ -294,12 +295,13 @@ def buffers_of_a_lease(url: str) -> int:
         database = Database(url, schema="leaseq", pool_size=1)
         await database.start()
         try:
-            jobs = Jobs(database)
-            # The first lease may learn where the line begins.
-            await jobs.lease([QUEUE], None, [Slot(uuid4(), None, None)])
+            jobs, cursors = Jobs(database), Cursors()
+            # The first lease learns where the line begins.
+            with cursors.claiming([Line(QUEUE)]) as look:
+                look.found(await jobs.lease(look.stretches, [Slot(uuid4(), None, None)]))
             async with database.hot.acquire() as connection:
                 connection.add_query_logger(seen.append)
-            await jobs.lease([QUEUE], None, [Slot(uuid4(), None, None)])
+            await jobs.lease(cursors.ahead([Line(QUEUE)]), [Slot(uuid4(), None, None)])
             await asyncio.sleep(0)  # the logger is called soon
         finally:
             await database.close()

@@ -8,7 +8,7 @@ from prometheus_fastapi_instrumentator import Instrumentator
 from prometheus_fastapi_instrumentator.metrics import Info
 
 from app.api import openapi, operate, problems, work
-from app.api.front import Front
+from app.api.front import Front, Unexpected
 from app.api.thin import ThinRoute
 from app.engine.service import Service
 from app.telemetry import Metrics
@@ -38,6 +38,7 @@ def create_api(service: Service, metrics: Metrics, *, body_bytes_max: int, paylo
     app.router.routes[:0] = thin
     app.include_router(operate.router(service, metrics))
     problems.install(app)
+    app.add_middleware(Unexpected)
     _instrument(app, metrics)
     app.openapi = lambda: _document(app, thin)  # type: ignore[method-assign]  # FastAPI's documented way
     return Api(Front(app, thin, metrics), app)

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 import msgspec
 import structlog
 from fastapi import FastAPI
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uuid_utils.compat import uuid7
 
 from app.api import problems
@@ -24,6 +24,30 @@ from app.telemetry import Metrics
 # Index 0: the client was gone before its answer.
 _STATUS_CLASSES = ("none", "1xx", "2xx", "3xx", "4xx", "5xx")
 REQUEST_ID = re.compile("[A-Za-z0-9._-]{1,128}")
+
+
+class Unexpected:
+    """Middleware of the app that answers errors nobody foresaw: Starlette's own place for that lies outside it."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        has_begun = False
+
+        async def send_on(message: Message) -> None:
+            nonlocal has_begun
+            has_begun = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_on)
+        except Exception as error:
+            if has_begun:
+                raise
+            request_id = scope["state"]["request_id"]
+            await _send_problem(send, problems.unexpected(request_id, scope["path"], error))
 
 
 class Front:
@@ -61,9 +85,12 @@ class Front:
             await send(message)
 
         endpoint = self._endpoint(scope) if scope["method"] == "POST" else None
+        if endpoint is None:
+            await self._app(scope, receive, send_with_id)
+            return
         began = time.perf_counter()
         try:
-            await (endpoint or self._app)(scope, receive, send_with_id)
+            await endpoint(scope, receive, send_with_id)
         except QueueError as error:
             headers = problems.headers_of(error)
             await _send_problem(send_with_id, problems.problem_of(request_id, error), headers)
@@ -72,9 +99,8 @@ class Front:
                 raise
             await _send_problem(send_with_id, problems.unexpected(request_id, scope["path"], error))
         finally:
-            if endpoint is not None:
-                took = time.perf_counter() - began
-                self._metrics.request(endpoint.path, "POST", _STATUS_CLASSES[sent_status // 100], took)
+            took = time.perf_counter() - began
+            self._metrics.request(endpoint.path, "POST", _STATUS_CLASSES[sent_status // 100], took)
 
     def _endpoint(self, scope: Scope) -> Endpoint | None:
         path: str = scope["path"]

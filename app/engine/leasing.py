@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from uuid_utils.compat import uuid4
 
 from app.engine.batching import Batcher
+from app.engine.cursors import Cursors
 from app.store.jobs import Claim, Jobs, Line, Slot
 
 JOBS_PER_CLAIM = 1000
@@ -34,8 +35,9 @@ class LeaseRequest:
 class Claims:
     """Takes jobs for requests. `orphaned` gets what was taken for a request that has been cancelled meanwhile."""
 
-    def __init__(self, jobs: Jobs, orphaned: Callable[[Claim], None]) -> None:
+    def __init__(self, jobs: Jobs, cursors: Cursors, orphaned: Callable[[Claim], None]) -> None:
         self._jobs = jobs
+        self._cursors = cursors
         self._orphaned = orphaned
         self._batchers: dict[object, Batcher[LeaseRequest, Claim]] = {}
 
@@ -62,11 +64,13 @@ class Claims:
             for request in requests
             for _ in range(request.max_jobs)
         ]
-        claim = await self._jobs.lease(requests[0].queues, requests[0].types, slots)
+        with self._cursors.claiming(requests[0].lines) as look:
+            claim = await self._jobs.lease(look.stretches, slots)
+            look.found(claim)
         answers = []
         begin = 0
         for request in requests:
             taken = claim.jobs[begin : begin + request.max_jobs]
-            answers.append(Claim(jobs=taken, contended=claim.contended and not taken))
+            answers.append(Claim(taken, claim.contended and not taken, claim.claimed_at))
             begin += request.max_jobs
         return answers

@@ -5,19 +5,21 @@ A task that fails is tried again in the next round, and does not keep the others
 """
 
 import asyncio
+import math
 import random
 import time
-from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from app.engine.running import Component
 from app.engine.wakeup import Wakeups
+from app.queue.errors import UnavailableError
 from app.queue.events import AttemptEnded, JobPromoted, MaintenanceFailed, MaintenanceRan, Observer
 from app.queue.lifecycle import State
 from app.queue.model import Verdict
 from app.queue.policy import decide_expiry
-from app.store.jobs import Jobs, Line
+from app.store.jobs import Jobs, Line, Place
 
 BATCH = 500
 FOLD_BATCH = 10_000
@@ -28,6 +30,9 @@ OUTAGE_SECONDS_MIN = 5.0
 """The reaper's silence for less than this (or three rounds) is no outage."""
 OUTAGE_SECONDS_MAX = 300.0
 DAYS_EVERY_SECONDS = 600.0
+
+PROMOTE_PAUSE_SECONDS = 0.005
+"""The least time between two promotions: a job that others hold or promote must not make a loop that never rests."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +56,8 @@ class Maintenance(Component):
         self._keeping = keeping
         self._every_seconds = every_seconds
         self._days_due_at = 0.0
+        self._promoting_at = math.inf
+        self._sooner = asyncio.Event()
 
     async def run_once(self) -> dict[str, int]:
         """Take every task's turn once; return how many rows each changed. Failures go to the observer."""
@@ -94,10 +101,9 @@ class Maintenance(Component):
         async def step() -> int:
             promoted = await self._jobs.promote(BATCH)
             for job in promoted:
-                self._observer.on(
-                    JobPromoted(job_id=job.job_id, queue=job.line.queue, type=job.line.type or "")
-                )
-            self._wakeups.announce(Counter(job.line for job in promoted))
+                line = job.place.line
+                self._observer.on(JobPromoted(job_id=job.job_id, queue=line.queue, type=line.type or ""))
+            self._wakeups.placed([job.place for job in promoted])
             return len(promoted)
 
         return await _while_full(step, BATCH)
@@ -119,11 +125,49 @@ class Maintenance(Component):
         longest = max(self._keeping.completed_seconds, self._keeping.dead_seconds)
         return await self._jobs.retain_days(self._keeping.completed_seconds, longest)
 
+    def expect(self, due_seconds: float) -> None:
+        """Note that a delayed job is due in so many seconds: it is promoted then, not a round later."""
+        due_at = asyncio.get_running_loop().time() + due_seconds
+        if due_at < self._promoting_at:
+            self._promoting_at = due_at
+            self._sooner.set()
+
     async def _run(self) -> None:
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._go_round())
+            tasks.create_task(self._promote_on_time())
+
+    async def _go_round(self) -> None:
         while True:
             await self.run_once()
             # Jitter keeps replicas that started together from working on the same rows for ever.
             await asyncio.sleep(self._every_seconds * random.uniform(0.8, 1.2))
+
+    async def _promote_on_time(self) -> None:
+        """Promote between the rounds, at the instant when the next delayed job is due."""
+        loop = asyncio.get_running_loop()
+        while True:
+            self._promoting_at = math.inf
+            due_at = loop.time() + await self._next_due_seconds()
+            self._promoting_at = min(self._promoting_at, due_at)
+            while self._promoting_at > loop.time():
+                self._sooner.clear()
+                with suppress(TimeoutError):
+                    async with asyncio.timeout_at(self._promoting_at):
+                        await self._sooner.wait()
+            try:
+                await self.promote()
+            except UnavailableError as error:
+                self._observer.on(MaintenanceFailed(task="promote", error=repr(error)))
+
+    async def _next_due_seconds(self) -> float:
+        """Return when to look next: jobs that other processes have delayed tell nobody."""
+        try:
+            due = await self._jobs.next_due_seconds()
+        except UnavailableError:
+            due = None
+        soonest = self._every_seconds if due is None else min(due, self._every_seconds)
+        return max(soonest, PROMOTE_PAUSE_SECONDS)
 
 
 def attempt_ended(verdict: Verdict) -> AttemptEnded:
@@ -141,11 +185,13 @@ def attempt_ended(verdict: Verdict) -> AttemptEnded:
     )
 
 
-def ready_lines(verdicts: list[Verdict]) -> dict[Line, int]:
-    """Return the lines that the verdicts have put ready jobs on."""
-    return Counter(
-        Line(verdict.lease.queue, verdict.lease.type) for verdict in verdicts if verdict.state is State.READY
-    )
+def ready_places(verdicts: Sequence[Verdict]) -> list[Place]:
+    """Return where the jobs stand that the verdicts have put back in line: at their old places."""
+    return [
+        Place(Line(verdict.lease.queue, verdict.lease.type), verdict.lease.priority, verdict.lease.ready_at)
+        for verdict in verdicts
+        if verdict.state is State.READY
+    ]
 
 
 async def _while_full(step: Callable[[], Awaitable[int]], batch: int) -> int:

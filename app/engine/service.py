@@ -15,8 +15,9 @@ from uuid import UUID
 from uuid_utils.compat import uuid7
 
 from app.engine.batching import Batcher
+from app.engine.cursors import Cursors
 from app.engine.leasing import Claims, LeaseRequest
-from app.engine.maintenance import Keeping, Maintenance, attempt_ended, ready_lines
+from app.engine.maintenance import Keeping, Maintenance, attempt_ended, ready_places
 from app.engine.running import TaskOwner
 from app.engine.wakeup import Wakeups
 from app.queue.errors import JobNotFoundError, LeaseLostError, QueueError, UnavailableError, WrongStateError
@@ -50,7 +51,7 @@ from app.queue.model import (
 )
 from app.queue.policy import decide_failure, decide_release, resolve
 from app.store.database import Database
-from app.store.jobs import Claim, Jobs, Line, Moved
+from app.store.jobs import Claim, Jobs, Line, Moved, Place
 from app.store.reads import Reads, WorkerSeen
 
 LOOKS_MAX = 10
@@ -118,11 +119,12 @@ class Service:
         self._draining = False
         self._owner = TaskOwner()
         self._enqueues = Batcher(jobs.enqueue)
-        self._claims = Claims(jobs, lambda claim: self._owner.spawn(self._give_back(claim.jobs)))
+        cursors = Cursors()
+        self._claims = Claims(jobs, cursors, lambda claim: self._owner.spawn(self._give_back(claim.jobs)))
         self._acks = Batcher(_in_order(jobs.ack), key=_job_id)
         self._endings = Batcher(_in_order(jobs.conclude), key=_job_id)
         self._heartbeats = Batcher(_in_order(jobs.heartbeat), key=_job_id)
-        self.wakeups = Wakeups(database, jobs, poll_seconds)
+        self.wakeups = Wakeups(database, jobs, cursors, poll_seconds)
         self.maintenance = Maintenance(jobs, self.wakeups, observer, keeping, maintenance_seconds)
 
     async def start(self) -> None:
@@ -149,7 +151,9 @@ class Service:
         job = await self._enqueues.submit(resolve(request, self._defaults, uuid7()))
         self._observer.on(JobEnqueued(job_id=job.id, queue=job.queue, type=job.type, state=job.state))
         if job.state is State.READY:
-            self.wakeups.announce({Line(job.queue, job.type): 1})
+            self.wakeups.placed([Place(Line(job.queue, job.type), job.priority, job.created_at)])
+        else:
+            self.maintenance.expect((job.run_at - job.created_at).total_seconds())
         return job
 
     async def lease(self, wanted: LeaseRequest, gone: "asyncio.Future[object]") -> Sequence[LeasedJob]:
@@ -253,7 +257,9 @@ class Service:
         moved = await self._move(job_id, self._jobs.retry, "retried", RETRIABLE)
         if moved is not None:
             self._observer.on(JobRetried(job_id=job_id, queue=moved.queue, type=moved.type))
-            self.wakeups.announce({Line(moved.queue, moved.type): 1})
+            job = await self.job(job_id)
+            self.wakeups.placed([Place(Line(job.queue, job.type), job.priority, job.run_at)])
+            return job
         return await self.job(job_id)
 
     async def delete(self, job_id: UUID) -> None:
@@ -324,7 +330,7 @@ class Service:
         claim = await self._claims.claim(wanted)
         if gone.done():
             await self._give_back(claim.jobs)
-            return Claim(jobs=[], contended=False)
+            return Claim([], contended=False, claimed_at=claim.claimed_at)
         for job in claim.jobs:
             self._observer.on(
                 JobLeased(
@@ -371,13 +377,17 @@ class Service:
                     verdicts.append(answer)
                 case _:
                     pass
-        self.wakeups.announce(ready_lines(verdicts))
+        self.wakeups.placed(ready_places(verdicts), old=True)
+        for verdict in verdicts:
+            if verdict.run_at is not None and verdict.state in {State.SCHEDULED, State.RETRY}:
+                self.maintenance.expect((verdict.run_at - verdict.decided_at).total_seconds())
 
     async def _recall(self, words: Sequence[Word]) -> dict[UUID, Settled | QueueError]:
         """Return the recorded answers to words whose leases do not stand, or why there is none."""
         if not words:
             return {}
-        recorded = await self._jobs.recorded({word.job_id: word.lease_id for word in words})
+        ending = {word.job_id: word.lease_id for word in words if _verb(word) is not None}
+        recorded = await self._jobs.recorded(ending) if ending else {}
         recalled: dict[UUID, Settled | QueueError] = {}
         for word in words:
             record = recorded.get(word.job_id)

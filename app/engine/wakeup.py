@@ -5,13 +5,15 @@ becomes ready on one of its lines (a queue, or one type of a queue):
 
 - by this process, at once, when the job was enqueued, released, retried or promoted here;
 - by a hint from another process: a NOTIFY sent after the COMMIT, coalesced, at most one each HINT_PAUSE_SECONDS;
-- by the poll, one statement for the whole room each `poll_seconds` (jittered), because a hint may be lost.
+- by the poll, a look for the whole room each `poll_seconds` (jittered), because a hint may be lost. It also sweeps
+  what is behind the cursors.
 
 As many leases are called as there are jobs, the longest waiting first. Nothing is missed in between:
 
 - A lease enters the room before it looks at the table, so a job either is seen or calls it.
 - A lease that leaves with a call it has not used (its client vanished, it found another job) hands the call on.
-- What calls nobody here is told to the other processes; what was called for here is not.
+- What calls nobody here is told to the other processes; what was called for here is not. Of a released job, which
+  keeps its old place in line, they are told the place: their cursors may have passed it.
 - After the listening connection was lost, everybody is looked up once, since hints went by.
 
 Losing every hint costs up to `poll_seconds`, never a job.
@@ -22,21 +24,30 @@ import heapq
 import itertools
 import json
 import random
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter, OrderedDict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
 from typing import Any
 from uuid import uuid4
 
 import structlog
 
+from app.engine.cursors import PLACES_MAX, Cursors
 from app.engine.running import Component
 from app.queue.errors import UnavailableError
 from app.store.database import Database
-from app.store.jobs import Jobs, Line
+from app.store.jobs import Jobs, Line, Place
 
 HINT_PAUSE_SECONDS = 0.01
 HINT_BYTES_MAX = 7000
 """PostgreSQL refuses a NOTIFY of 8,000 bytes; what does not fit asks the others to look for themselves."""
+
+OLD_PLACES_MAX = 50
+"""Beyond so many places of released jobs in one hint, the others are asked to look for themselves."""
+
+CALLED_MAX = 1000
+"""A look calls so many at each priority of a line; those who are left over are called by the next."""
 
 SIGN_OF_LIFE_SECONDS = 10.0
 RECONNECT_SECONDS_MAX = 5.0
@@ -47,7 +58,8 @@ log = structlog.get_logger(__name__)
 class Waiter:
     """One waiting lease."""
 
-    def __init__(self, lines: frozenset[Line], arrival: int) -> None:
+    def __init__(self, room: "Room", lines: frozenset[Line], arrival: int) -> None:
+        self._room = room
         self.lines = lines
         self.arrival = arrival
         self.called_for: Line | None = None
@@ -58,7 +70,9 @@ class Waiter:
         """Be ready for the next call. Call this before looking: what becomes ready from now on will call."""
         if self._answer.done():
             self._answer = asyncio.get_running_loop().create_future()
-        self._heeded, self.called_for = self.called_for or self._heeded, None
+        if self.called_for is not None:
+            self._heeded, self.called_for = self.called_for, None
+            self._room.readmit(self)
 
     def looked(self, taken: Iterable[Line]) -> None:
         """Note what a look brought: the call before it was used, unless it brought only jobs of other lines."""
@@ -95,7 +109,8 @@ class Room:
     """The waiting leases of this process, in the order of their arrival."""
 
     def __init__(self) -> None:
-        self._lines: dict[Line, dict[Waiter, None]] = {}
+        # Who has been called stands in no line until he listens again: a call never walks over those before it.
+        self._lines: dict[Line, OrderedDict[Waiter, None]] = {}
         self._waiters: set[Waiter] = set()
         self._arrivals = itertools.count()
 
@@ -104,32 +119,43 @@ class Room:
 
     def enter(self, lines: Iterable[Line]) -> Waiter:
         """Let a lease wait at `lines`."""
-        waiter = Waiter(frozenset(lines), next(self._arrivals))
+        waiter = Waiter(self, frozenset(lines), next(self._arrivals))
         self._waiters.add(waiter)
         for line in waiter.lines:
-            self._lines.setdefault(line, {})[waiter] = None
+            self._lines.setdefault(line, OrderedDict())[waiter] = None
         return waiter
+
+    def readmit(self, waiter: Waiter) -> None:
+        """Let a lease that was called wait again, in front: the longest waiting are called first."""
+        for line in waiter.lines:
+            waiting = self._lines.setdefault(line, OrderedDict())
+            waiting[waiter] = None
+            waiting.move_to_end(waiter, last=False)
 
     def leave(self, waiter: Waiter) -> None:
         """Let a lease go."""
         self._waiters.discard(waiter)
-        for line in waiter.lines:
-            waiting = self._lines[line]
-            waiting.pop(waiter, None)
-            if not waiting:
-                del self._lines[line]
+        self._leave_lines(waiter)
 
     def call(self, line: Line, count: int) -> int:
         """Call up to `count` leases that would take a job of this queue and type; return how many were."""
         if not self._lines:
             return 0
-        lines = {line, Line(line.queue)}
-        waiting = [self._uncalled(self._lines.get(each, {})) for each in lines]
-        called = 0
-        for waiter in itertools.islice(heapq.merge(*waiting, key=lambda waiter: waiter.arrival), count):
+        waiting = [self._lines[each] for each in {line, Line(line.queue)} if each in self._lines]
+        longest = heapq.merge(*waiting, key=lambda waiter: waiter.arrival)
+        called = list(itertools.islice(longest, count))
+        for waiter in called:
+            self._leave_lines(waiter)
             waiter.call(line)
-            called += 1
-        return called
+        return len(called)
+
+    def _leave_lines(self, waiter: Waiter) -> None:
+        for line in waiter.lines:
+            waiting = self._lines.get(line)
+            if waiting is not None:
+                waiting.pop(waiter, None)
+                if not waiting:
+                    del self._lines[line]
 
     def send_all_away(self) -> None:
         """End everybody's waiting without a job."""
@@ -140,21 +166,19 @@ class Room:
         """Return how many wait at each line."""
         return {line: len(waiters) for line, waiters in self._lines.items()}
 
-    @staticmethod
-    def _uncalled(waiters: Iterable[Waiter]) -> Iterator[Waiter]:
-        return (waiter for waiter in waiters if waiter.called_for is None)
-
 
 class Wakeups(Component):
     """The room, and its connection to the other processes."""
 
-    def __init__(self, database: Database, jobs: Jobs, poll_seconds: float) -> None:
+    def __init__(self, database: Database, jobs: Jobs, cursors: Cursors, poll_seconds: float) -> None:
         super().__init__()
         self._database = database
         self._jobs = jobs
+        self._cursors = cursors
         self._poll_seconds = poll_seconds
         self._room = Room()
         self._hints: dict[Line, int] = {}
+        self._old_places: list[Place] = []
         self._to_say = asyncio.Event()
         self._to_look = asyncio.Event()
         self._origin = uuid4().hex
@@ -178,8 +202,16 @@ class Wakeups(Component):
         """How many leases wait in this process."""
         return len(self._room)
 
+    def placed(self, places: Sequence[Place], *, old: bool = False) -> None:
+        """Tell whoever waits, and the cursors, that jobs stand ready now; at `old` places the others' cursors too."""
+        for place in places:
+            self._cursors.landed(place)
+        if old:
+            self._old_places += places[: OLD_PLACES_MAX + 1 - len(self._old_places)]
+        self.announce(Counter(place.line for place in places))
+
     def announce(self, ready: Mapping[Line, int]) -> None:
-        """Tell whoever waits, here first, that so many jobs are ready on these lines."""
+        """Call whoever waits, here first, for so many jobs on these lines."""
         for line, count in ready.items():
             left = count - self._room.call(line, count)
             if left > 0:
@@ -192,10 +224,13 @@ class Wakeups(Component):
 
     async def look(self) -> None:
         """Look for ready jobs that nobody was called for, and call. Raises UnavailableError."""
+        behind = self._cursors.behind()
+        self._cursors.found(await self._jobs.look(behind, [PLACES_MAX] * len(behind)))
         waiting = self._room.waiting()
-        if waiting:
-            for line, count in (await self._jobs.ready_at(waiting)).items():
-                self._room.call(line, count)
+        ahead = self._cursors.ahead(waiting)
+        found = await self._jobs.look(ahead, [min(waiting[each.line], CALLED_MAX) for each in ahead])
+        for line, count in Counter(place.line for place in found).items():
+            self._room.call(line, count)
 
     async def _run(self) -> None:
         async with asyncio.TaskGroup() as tasks:
@@ -246,24 +281,32 @@ class Wakeups(Component):
                 await connection.execute("SELECT 1")
                 continue
             self._to_say.clear()
-            message = self._message(self._hints)
+            message = self._message(self._hints, self._old_places)
             said, self._hints = self._hints, {}
+            old_places, self._old_places = self._old_places, []
             try:
                 await connection.execute("SELECT pg_notify($1, $2)", self._channel, message)
             except Exception:
                 # They are said again over the next connection: one too many costs a look.
                 self._hints = {**said, **self._hints}
+                self._old_places = (old_places + self._old_places)[: OLD_PLACES_MAX + 1]
                 self._to_say.set()
                 raise
             await asyncio.sleep(HINT_PAUSE_SECONDS)
 
-    def _message(self, hints: Mapping[Line, int]) -> str:
+    def _message(self, hints: Mapping[Line, int], old_places: Sequence[Place]) -> str:
         said = {
             "from": self._origin,
             "ready": [[line.queue, line.type, count] for line, count in hints.items()],
+            "old": [
+                [place.line.queue, place.line.type, place.priority, place.since.isoformat()]
+                for place in old_places
+            ],
         }
         message = json.dumps(said)
-        return message if len(message) <= HINT_BYTES_MAX else json.dumps({"from": self._origin, "look": True})
+        if len(old_places) <= OLD_PLACES_MAX and len(message) <= HINT_BYTES_MAX:
+            return message
+        return json.dumps({"from": self._origin, "look": True})
 
     def _heard(self, _connection: object, _pid: int, _channel: str, message: object) -> None:
         try:
@@ -271,10 +314,16 @@ class Wakeups(Component):
             if said["from"] == self._origin:
                 return
             ready = [(Line(queue, type_), int(count)) for queue, type_, count in said.get("ready", ())]
+            old = [
+                Place(Line(queue, type_), int(priority), datetime.fromisoformat(since).astimezone(UTC))
+                for queue, type_, priority, since in said.get("old", ())
+            ]
         except (ValueError, TypeError, KeyError, AttributeError):
             log.warning("hint_not_understood")  # anybody in the database may send one
             return
         if said.get("look"):
             self._to_look.set()
+        for place in old:
+            self._cursors.landed(place)
         for line, count in ready:
             self._room.call(line, count)

@@ -183,6 +183,9 @@ class Lease:
     deadline_at: datetime | None
     """Where timeout_seconds ends the attempt, whatever heartbeats say."""
     cancel_requested: bool
+    priority: int
+    ready_at: datetime
+    """Its place in line, which a released job keeps."""
     max_retries: int
     budget_start: int
     backoff: Backoff

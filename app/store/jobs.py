@@ -48,6 +48,12 @@ CLAIM_SLACKS = (32, 256, 2048, 16_384)
 """How many jobs a claim looks at beyond those it takes, to pass over what other claims hold at that moment: first a
 few, and more and more while others hold all that it saw."""
 
+LOOK_STRETCHES = 2000
+"""A look goes over so many stretches in one statement."""
+
+# Each of the two indexes of `ready` answers one question only, and a line is named as its index names it.
+_LINE = {True: "r.queue", False: "(r.queue || '/' || r.type)"}
+
 T = TypeVar("T")
 
 
@@ -66,7 +72,8 @@ class Claim:
 
     jobs: list[LeasedJob]
     contended: bool
-    """More is ready, but others held it at that moment: who got nothing should look again."""
+    """More is ready than it took, or was when it looked: who got nothing should look again."""
+    claimed_at: datetime
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,11 +85,30 @@ class Line:
 
 
 @dataclass(frozen=True, slots=True)
+class Place:
+    """Where a ready job stands: in its line, by its priority, then by the instant at which it became ready."""
+
+    line: Line
+    priority: int
+    since: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Stretch:
+    """A piece of a line to look for jobs in: one priority, from one instant to another, both included."""
+
+    line: Line
+    priority: int
+    since: datetime
+    until: datetime
+
+
+@dataclass(frozen=True, slots=True)
 class Promoted:
-    """A job whose time has come, and where it stands in line now."""
+    """A job whose time has come, and where it stands now."""
 
     job_id: UUID
-    line: Line
+    place: Place
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,48 +175,63 @@ class Jobs:
         )
         return {job.id: (row["created_at"], row["run_at"]) for job, row in zip(new, rows, strict=True)}
 
-    async def lease(self, queues: Sequence[str], types: Sequence[str] | None, slots: Sequence[Slot]) -> Claim:
-        """Take ready jobs, one a slot: the first job gets the first slot.
+    async def lease(self, stretches: Sequence[Stretch], slots: Sequence[Slot]) -> Claim:
+        """Take ready jobs in these stretches, all of whole queues or all of types; one a slot, the first the first.
 
         Where the connection dies at the COMMIT, looks for what was leased; the claim itself is never repeated.
         """
-        parts = {"lines": "unnest($2::text[]) AS line(queue)", "same_line": "r.queue = line.queue"}
-        more: list[object] = []
-        if types is not None:
-            parts = {
-                "lines": "(SELECT * FROM unnest($2::text[]) AS q(queue), unnest($9::text[]) AS t(type)) AS line",
-                "same_line": "(r.queue || '/' || r.type) = line.queue || '/' || line.type",
-            }
-            more = [sorted(set(types))]
         lease_ids = [slot.lease_id for slot in slots]
         leased: list[LeasedJob] = []
-        contended = False
         for slack in CLAIM_SLACKS:
             try:
                 rows = await self._database.fetch(
                     "lease",
                     self._clock(),
-                    sorted(set(queues)),
+                    *_columns(stretches),
                     len(slots),
                     slack,
                     lease_ids,
                     [slot.lease_seconds for slot in slots],
                     [slot.worker for slot in slots],
                     REPLY_BYTES_MAX,
-                    *more,
-                    **parts,
+                    line=_LINE[stretches[0].line.type is None],
                 )
             except UnavailableError as error:
                 if not error.outcome_unknown:
                     raise
                 rows = await self._database.fetch("leased", lease_ids)
-                return Claim(jobs=[_leased(row) for row in rows], contended=False)
+                if not rows:
+                    raise
+                return Claim([_leased(row) for row in rows], contended=True, claimed_at=await self.now())
             leased = [_leased(row) for row in rows if row["id"] is not None]
             seen: int = rows[0]["seen"]
-            contended = seen > len(leased)
             if leased or seen < len(slots) + slack:
                 break  # it took some, or saw all there is
-        return Claim(leased, contended)
+        return Claim(leased, contended=seen > len(leased), claimed_at=rows[0]["now"])
+
+    async def look(self, stretches: Sequence[Stretch], most: Sequence[int]) -> list[Place]:
+        """Return the first ready jobs of these stretches, as many of each as `most` says, on the lines asked for."""
+        found: list[Place] = []
+        for whole in (True, False):
+            asked = [
+                (stretch, limit)
+                for stretch, limit in zip(stretches, most, strict=True)
+                if (stretch.line.type is None) is whole
+            ]
+            for part in range(0, len(asked), LOOK_STRETCHES):
+                several = asked[part : part + LOOK_STRETCHES]
+                rows = await self._database.fetch(
+                    "look",
+                    *_columns([stretch for stretch, _ in several]),
+                    [limit for _, limit in several],
+                    line=_LINE[whole],
+                )
+                found += [
+                    Place(stretch.line, stretch.priority, row["since"])
+                    for row in rows
+                    for stretch, _ in [several[row["stretch"] - 1]]
+                ]
+        return found
 
     async def ack(self, acks: Sequence[Ack]) -> dict[UUID, Job]:
         """Finish jobs; return those whose lease still stood, by id."""
@@ -246,7 +287,10 @@ class Jobs:
     async def promote(self, limit: int) -> list[Promoted]:
         """Make up to `limit` delayed jobs ready whose time has come; return them."""
         rows = await self._database.fetch("promote", self._clock(), limit)
-        return [Promoted(row["id"], Line(row["queue"], row["type"])) for row in rows]
+        return [
+            Promoted(row["id"], Place(Line(row["queue"], row["type"]), row["priority"], row["since"]))
+            for row in rows
+        ]
 
     async def cancel(self, job_id: UUID) -> Moved | None:
         """Cancel a waiting job, or ask for the end of an active one (then the state left is ACTIVE)."""
@@ -289,25 +333,10 @@ class Jobs:
             + await self._partitions.drop_before(now, attempts_seconds, "attempts")
         )
 
-    async def ready_at(self, waiters: Mapping[Line, int]) -> dict[Line, int]:
-        """Count the ready jobs of each line, up to the number who wait there; lines without any are left out."""
-        found: dict[Line, int] = {}
-        whole = {line: count for line, count in waiters.items() if line.type is None}
-        typed = {line: count for line, count in waiters.items() if line.type is not None}
-        if whole:
-            rows = await self._database.fetch(
-                "ready_for_any", [line.queue for line in whole], list(whole.values())
-            )
-            found |= {Line(row["queue"]): row["count"] for row in rows}
-        if typed:
-            rows = await self._database.fetch(
-                "ready_for_types",
-                [line.queue for line in typed],
-                [line.type for line in typed],
-                list(typed.values()),
-            )
-            found |= {Line(row["queue"], row["type"]): row["count"] for row in rows}
-        return found
+    async def next_due_seconds(self) -> float | None:
+        """Return in how many seconds the next delayed job is due; None when there is none."""
+        rows = await self._database.fetch("next_due", self._clock())
+        return float(rows[0]["seconds"]) if rows else None
 
     async def now(self) -> datetime:
         """Return the database's clock."""
@@ -389,6 +418,18 @@ class Jobs:
             if not error.outcome_unknown:
                 raise
         return await write()
+
+
+def _columns(stretches: Sequence[Stretch]) -> tuple[list[str], list[int], list[datetime], list[datetime]]:
+    return (
+        [
+            stretch.line.queue if stretch.line.type is None else f"{stretch.line.queue}/{stretch.line.type}"
+            for stretch in stretches
+        ],
+        [stretch.priority for stretch in stretches],
+        [stretch.since for stretch in stretches],
+        [stretch.until for stretch in stretches],
+    )
 
 
 def job_of(row: Any) -> Job:
@@ -477,6 +518,8 @@ def _lease(row: asyncpg.Record) -> Lease:
         expires_at=row["expires_at"],
         deadline_at=row["deadline_at"],
         cancel_requested=row["cancel_requested"],
+        priority=row["priority"],
+        ready_at=row["since"],
         max_retries=row["max_retries"],
         budget_start=row["budget_start"],
         backoff=_backoff(row["backoff"]),

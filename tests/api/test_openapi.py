@@ -131,7 +131,7 @@ def test_every_body_is_described_with_an_example_that_it_allows(document: dict[s
     bodies = [
         operation["requestBody"] for _, _, operation in operations(document) if "requestBody" in operation
     ]
-    assert len(bodies) == 6
+    assert len(bodies) == 7
     for body in bodies:
         assert body["required"]
         content = body["content"]["application/json"]
@@ -246,6 +246,9 @@ async def live(call: Checked) -> list[str]:
         for verb in ("cancel", "retry"):
             await call("POST", f"/jobs/{{job_id}}/{verb}", job_id=job_id)
     await end("heartbeat", active)
+    await call(
+        "POST", "/settle", json={"items": [{**active, "outcome": "release"}, {**done, "outcome": "fail"}]}
+    )
     return [waiting["id"], LEASE_ID, *(each["job_id"] for each in (done, retried, failed, released, active))]
 
 

@@ -297,7 +297,7 @@ async def test_time_is_given_back_once(settled: Replica, world: World):
 
 async def delayed(queue: Replica, world: World, count: int) -> None:
     """Store so many jobs that are due."""
-    await queue.enqueue(delay_seconds=1)
+    await queue.enqueue(delay_seconds=30)
     connection = await world.connect()
     await connection.execute(MANY_SCHEDULED.replace("$1", str(count - 1)))
     queue.clock.move(60)

@@ -61,6 +61,8 @@ def lease(**changes: Any) -> Lease:
         "expires_at": NOW,
         "deadline_at": None,
         "cancel_requested": False,
+        "priority": 5,
+        "ready_at": NOW - timedelta(seconds=60),
         "max_retries": 3,
         "budget_start": 0,
         "backoff": PLAIN,

@@ -9,9 +9,10 @@ from uuid import uuid4
 import asyncpg
 import pytest
 
+from app.engine.cursors import Cursors
 from app.queue.events import MaintenanceRan
 from app.store.database import SQL_DIRECTORY
-from app.store.jobs import Claim, Jobs, Slot
+from app.store.jobs import Claim, Jobs, Line, Slot
 from tests.conftest import Replica, World
 
 
@@ -19,7 +20,8 @@ async def claim(
     jobs: Jobs, count: int = 1, queues: Sequence[str] = ("q",), types: Sequence[str] | None = None
 ) -> Claim:
     """Take up to `count` jobs for worker w."""
-    return await jobs.lease(queues, types, [Slot(uuid4(), None, "w") for _ in range(count)])
+    lines = [Line(queue, type_) for queue in queues for type_ in types or (None,)]
+    return await jobs.lease(Cursors().ahead(lines), [Slot(uuid4(), None, "w") for _ in range(count)])
 
 
 @asynccontextmanager

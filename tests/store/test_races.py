@@ -86,7 +86,8 @@ class TestSettling:
         self, world: World, queue: Replica, first: str, second: str, state: str
     ):
         job = await leased_job(queue)
-        won, lost = await in_turn(world, LEASE, job["id"], call(queue, first, job), call(queue, second, job))
+        other = await idle_replica(world)
+        won, lost = await in_turn(world, LEASE, job["id"], call(queue, first, job), call(other, second, job))
         assert won.status_code == 200
         assert won.json()["state"] == state
         assert lost.status_code == 409
@@ -99,19 +100,21 @@ class TestSettling:
         self, world: World, queue: Replica, verb: str
     ):
         job = await leased_job(queue)
-        first, second = await in_turn(world, LEASE, job["id"], call(queue, verb, job), call(queue, verb, job))
+        other = await idle_replica(world)
+        first, second = await in_turn(world, LEASE, job["id"], call(queue, verb, job), call(other, verb, job))
         assert first.status_code == second.status_code == 200
         assert first.json() == second.json()
         assert len(await queue.attempts(job["id"])) == 1
 
     async def test_of_two_acks_at_once_the_first_result_is_kept(self, world: World, queue: Replica):
         job = await leased_job(queue)
+        other = await idle_replica(world)
         first, second = await in_turn(
             world,
             LEASE,
             job["id"],
             queue.verb("ack", job, result={"n": 1}),
-            queue.verb("ack", job, result={"n": 2}),
+            other.verb("ack", job, result={"n": 2}),
         )
         assert first.json()["result"] == second.json()["result"] == {"n": 1}
 
@@ -127,12 +130,13 @@ class TestSettling:
         self, world: World, queue: Replica, moved: Clock
     ):
         job = await leased_job(queue)
+        other = await idle_replica(world)
         longer, shorter = await in_turn(
             world,
             LEASE,
             job["id"],
             queue.verb("heartbeat", job, extend_seconds=500),
-            queue.verb("heartbeat", job, extend_seconds=100),
+            other.verb("heartbeat", job, extend_seconds=100),
         )
         assert longer.json()["lease_expires_at"] == shorter.json()["lease_expires_at"]
         moved.move(499)
@@ -250,10 +254,11 @@ class TestReaping:
 class TestLeasing:
     async def test_of_two_leases_of_one_job_neither_waits_and_one_gets_it(self, world: World, queue: Replica):
         job = await queue.enqueue()
+        other = await idle_replica(world)
         async with holding(world, LEASING, job["id"]):
             first = asyncio.create_task(queue.lease())
             await world.blocked(1)
-            assert await queue.lease() == []
+            assert await other.lease() == []
         assert [leased["id"] for leased in await first] == [job["id"]]
 
     async def test_of_many_jobs_none_is_leased_twice_and_none_lost(self, world: World, queue: Replica):
@@ -276,10 +281,11 @@ class TestLeasing:
 
     async def test_a_lease_finds_the_jobs_behind_a_large_claim_of_another(self, world: World, queue: Replica):
         ids = [(await queue.enqueue())["id"] for _ in range(60)]
+        other = await idle_replica(world)
         async with holding(world, LEASING, ids[0]):
             large = asyncio.create_task(queue.lease(max_jobs=50))
             await world.blocked(1)
-            assert [leased["id"] for leased in await queue.lease()] == [ids[50]]
+            assert [leased["id"] for leased in await other.lease()] == [ids[50]]
         assert len(await large) == 50
 
     async def test_a_claim_that_finds_every_job_in_other_hands_says_so(self, world: World, queue: Replica):

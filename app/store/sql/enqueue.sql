@@ -1,15 +1,17 @@
 -- Store new jobs: each body, its place, the count. One array a column; a job is due at the later of now, its
--- run_at and now plus its delay. The returned rows keep the order of the arrays.
+-- run_at and now plus its delay. Each is a microsecond younger than the one before it, and that is its place in line.
+-- The returned rows keep the order of the arrays.
 WITH item AS MATERIALIZED (
   SELECT t.*, clock.now,
          greatest(clock.now, t.run_at, clock.now + t.delay_seconds * interval '1 second') AS due_at
-    FROM (SELECT coalesce($1::timestamptz, now()) AS now) AS clock
-   CROSS JOIN unnest(
+    FROM unnest(
            $2::uuid[], $3::text[], $4::text[], $5::smallint[], $6::timestamptz[], $7::float8[], $8::float8[],
            $9::float8[], $10::int[], $11::jsonb[], $12::text[], $13::jsonb[], $14::bytea[], $15::bytea[])
          WITH ORDINALITY
          AS t(id, queue, type, priority, run_at, delay_seconds, lease_seconds,
               timeout_seconds, max_retries, backoff, traceparent, tags, metadata, payload, place)
+   CROSS JOIN LATERAL (
+           SELECT coalesce($1::timestamptz, now()) + (t.place - 1) * interval '1 microsecond' AS now) AS clock
 ), body AS (
   INSERT INTO {schema}.jobs
          (id, created_at, queue, type, priority, run_at, lease_seconds, timeout_seconds, max_retries, backoff,
@@ -19,7 +21,7 @@ WITH item AS MATERIALIZED (
     FROM item
 ), waiting AS (
   INSERT INTO {schema}.ready (id, queue, type, priority, attempt, noted, since)
-  SELECT id, queue, type, priority, 0, false, now + place * interval '1 microsecond'
+  SELECT id, queue, type, priority, 0, false, now
     FROM item
    WHERE due_at <= now
 ), delayed AS (

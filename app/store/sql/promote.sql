@@ -16,10 +16,11 @@ WITH due AS MATERIALIZED (
   SELECT id, queue, type, priority, attempt, noted,
          coalesce($1::timestamptz, now()) + row_number() OVER (ORDER BY run_at, id) * interval '1 microsecond'
     FROM gone
+  RETURNING id, queue, type, priority, since
 ), counted AS (
   INSERT INTO {schema}.deltas (queue, ready, scheduled, retry)
   SELECT queue, count(*), -nullif(count(*) FILTER (WHERE NOT is_retry), 0), -nullif(count(*) FILTER (WHERE is_retry), 0)
     FROM gone
    GROUP BY queue
 )
-SELECT id, queue, type FROM gone
+SELECT id, queue, type, priority, since FROM waiting

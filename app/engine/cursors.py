@@ -1,0 +1,191 @@
+"""How far this process has leased, so that a lease begins where there are jobs.
+
+A claim walks an index from the front of its line. What has been leased leaves dead entries there, and while some
+long transaction keeps VACUUM from taking them away, every claim would walk over all of them. So each line has a
+cursor at each priority: the claim begins there.
+
+A cursor is only ever a shortcut. What lands behind one is not lost:
+
+- A job that this process has put behind a cursor (a released job keeps its place in line; a commit was slow) takes
+  the cursor back, or is remembered as a place of its own when it is far behind.
+- Other processes tell of such places in their hints.
+- A sweep looks for what is behind all cursors, in windows of their age: the last minute each time, the older ones
+  in turn, so that no sweep walks over everything at once.
+
+Nothing in here is kept anywhere else: a new process begins at the front.
+"""
+
+import time
+from collections import OrderedDict
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+
+from app.queue.model import PRIORITY_MAX, PRIORITY_MIN
+from app.store.jobs import Claim, Line, Place, Stretch
+
+BEGINNING = datetime(1970, 1, 1, tzinfo=UTC)
+END = datetime(9999, 1, 1, tzinfo=UTC)
+
+SLACK = timedelta(milliseconds=200)
+"""A cursor stays this far behind what it has passed: jobs get their place in line when their statement begins, and
+are seen when it commits."""
+NEAR = timedelta(seconds=10)
+"""A cursor is taken back by so much; a job that is farther behind is remembered by itself."""
+PLACES_MAX = 100
+"""Beyond so many remembered places at one cursor, it is taken back to the first of them."""
+
+LINES_MAX = 2000
+FORGOTTEN_AFTER_SECONDS = 600.0
+
+_AGES = (*(timedelta(minutes=1) * 4**power for power in range(5)), END - BEGINNING)
+
+LEVELS = range(PRIORITY_MAX, PRIORITY_MIN - 1, -1)
+
+
+@dataclass(slots=True)
+class _Cursor:
+    at: datetime = BEGINNING
+    behind: set[datetime] = field(default_factory=set)
+
+    def move_on(self, to: datetime, passed: datetime) -> None:
+        self.at = max(self.at, to)
+        if self.behind:
+            self.behind = {place for place in self.behind if place > passed}
+
+    def take_back(self, to: datetime) -> None:
+        if to >= self.at:
+            return
+        if self.at - to > NEAR and len(self.behind) < PLACES_MAX:
+            self.behind.add(to)
+        else:
+            self.at = min(self.behind | {to}) if self.at - to > NEAR else to
+            self.behind = {place for place in self.behind if place < self.at}
+
+
+@dataclass(slots=True)
+class _Cursors:
+    used_at: float
+    by_priority: dict[int, _Cursor] = field(
+        default_factory=lambda: {priority: _Cursor() for priority in LEVELS}
+    )
+
+
+class Cursors:
+    """The cursors of one process."""
+
+    def __init__(self) -> None:
+        self._lines: OrderedDict[Line, _Cursors] = OrderedDict()
+        self._claiming = 0
+        self._landed: list[Place] = []
+        self._sweeps = 0
+
+    @contextmanager
+    def claiming(self, lines: Collection[Line]) -> Iterator["Look"]:
+        """Yield where a claim at `lines` is to look; it tells what it has found."""
+        self._claiming += 1
+        try:
+            yield Look(self, lines, self.ahead(lines), len(self._landed))
+        finally:
+            self._claiming -= 1
+            if not self._claiming:
+                self._landed.clear()
+
+    def ahead(self, lines: Iterable[Line]) -> list[Stretch]:
+        """Return the stretches of these lines in which ready jobs stand, by all that is known here."""
+        stretches = []
+        for line in lines:
+            cursors = self._lines.get(line)
+            if cursors is None:
+                stretches += [Stretch(line, priority, BEGINNING, END) for priority in LEVELS]
+                continue
+            for priority, cursor in cursors.by_priority.items():
+                stretches.append(Stretch(line, priority, cursor.at, END))
+                stretches += [Stretch(line, priority, place, place) for place in sorted(cursor.behind)]
+        return stretches
+
+    def landed(self, place: Place) -> None:
+        """Note that a job stands ready at `place`."""
+        if self._claiming:
+            self._landed.append(place)
+        self._take_back(place)
+
+    def behind(self) -> list[Stretch]:
+        """Return where the next sweep is to look for jobs: the last minute behind each cursor, and one older window."""
+        self._forget()
+        self._sweeps += 1
+        older = 1 + self._sweeps % (len(_AGES) - 1)
+        windows = [(timedelta(0), _AGES[0]), (_AGES[older - 1], _AGES[older])]
+        return [
+            Stretch(line, priority, max(BEGINNING, _before(cursor.at, far)), _before(cursor.at, near))
+            for line, cursors in self._lines.items()
+            for priority, cursor in cursors.by_priority.items()
+            for near, far in windows
+            if _before(cursor.at, near) > BEGINNING
+        ]
+
+    def found(self, places: Iterable[Place]) -> None:
+        """Note what a sweep has found, each on the line on which it looked."""
+        for place in places:
+            cursors = self._lines.get(place.line)
+            if cursors is not None:
+                cursors.by_priority[place.priority].take_back(place.since)
+
+    def move_on(self, lines: Collection[Line], claim: Claim, landed_before: int) -> None:
+        """Move past what a claim at `lines` has taken; past everything, when it took all it saw."""
+        if claim.contended and not claim.jobs:
+            return
+        now = claim.claimed_at - SLACK
+        last = claim.jobs[-1] if claim.jobs else None
+        for line in lines:
+            for priority, cursor in self._used(line).by_priority.items():
+                if not claim.contended or last is None or priority > last.priority:
+                    cursor.move_on(now, END)
+                elif priority == last.priority:
+                    cursor.move_on(last.ready_at - SLACK, last.ready_at)
+        # What landed while the claim ran may be behind what it took, and it did not see it.
+        for place in self._landed[landed_before:]:
+            self._take_back(place)
+
+    def _take_back(self, place: Place) -> None:
+        for line in (place.line, Line(place.line.queue)):
+            cursors = self._lines.get(line)
+            if cursors is not None:
+                cursor = cursors.by_priority.get(place.priority)
+                if cursor is not None:  # a hint may say anything
+                    cursor.take_back(place.since)
+
+    def _used(self, line: Line) -> _Cursors:
+        cursors = self._lines.get(line)
+        if cursors is None:
+            cursors = self._lines[line] = _Cursors(0.0)
+            if len(self._lines) > LINES_MAX:
+                self._lines.popitem(last=False)
+        else:
+            self._lines.move_to_end(line)
+        cursors.used_at = time.monotonic()
+        return cursors
+
+    def _forget(self) -> None:
+        long_ago = time.monotonic() - FORGOTTEN_AFTER_SECONDS
+        while self._lines and next(iter(self._lines.values())).used_at < long_ago:
+            self._lines.popitem(last=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """What one claim is to look at."""
+
+    cursors: Cursors
+    lines: Collection[Line]
+    stretches: Sequence[Stretch]
+    landed_before: int
+
+    def found(self, claim: Claim) -> None:
+        """Note what the claim has taken."""
+        self.cursors.move_on(self.lines, claim, self.landed_before)
+
+
+def _before(instant: datetime, age: timedelta) -> datetime:
+    return BEGINNING if instant - BEGINNING <= age else instant - age
