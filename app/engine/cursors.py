@@ -20,13 +20,10 @@ from collections import OrderedDict
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 
 from app.queue.model import PRIORITY_MAX, PRIORITY_MIN
-from app.store.jobs import Claim, Line, Place, Stretch
-
-BEGINNING = datetime(1970, 1, 1, tzinfo=UTC)
-END = datetime(9999, 1, 1, tzinfo=UTC)
+from app.store.jobs import BEGINNING, END, Claim, Line, Place, Stretch
 
 SLACK = timedelta(milliseconds=200)
 """A cursor stays this far behind what it has passed: jobs get their place in line when their statement begins, and
@@ -124,13 +121,6 @@ class Cursors:
             for near, far in windows
             if _before(cursor.at, near) > BEGINNING
         ]
-
-    def found(self, places: Iterable[Place]) -> None:
-        """Note what a sweep has found, each on the line on which it looked."""
-        for place in places:
-            cursors = self._lines.get(place.line)
-            if cursors is not None:
-                cursors.by_priority[place.priority].take_back(place.since)
 
     def move_on(self, lines: Collection[Line], claim: Claim, landed_before: int) -> None:
         """Move past what a claim at `lines` has taken; past everything, when it took all it saw."""

@@ -11,6 +11,7 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 
 from app.engine.running import Component
 from app.engine.wakeup import Wakeups
@@ -19,7 +20,7 @@ from app.queue.events import AttemptEnded, JobPromoted, MaintenanceFailed, Maint
 from app.queue.lifecycle import State
 from app.queue.model import Verdict
 from app.queue.policy import decide_expiry
-from app.store.jobs import Jobs, Line, Place
+from app.store.jobs import BEGINNING, Jobs, Line, Place
 
 BATCH = 500
 FOLD_BATCH = 10_000
@@ -31,6 +32,12 @@ OUTAGE_SECONDS_MIN = 5.0
 OUTAGE_SECONDS_MAX = 300.0
 DAYS_EVERY_SECONDS = 600.0
 
+EVERYTHING_EVERY_SECONDS = 60.0
+UNDER_WAY = timedelta(seconds=20)
+"""What a task looks at again: another transaction may have held it, or not have committed it, at the last time."""
+DELTAS_UNDER_WAY = 10_000
+"""Deltas get their numbers before they are committed: so many may come after one that was folded."""
+
 PROMOTE_PAUSE_SECONDS = 0.005
 """The least time between two promotions: a job that others hold or promote must not make a loop that never rests."""
 
@@ -41,6 +48,30 @@ class Keeping:
 
     completed_seconds: float
     dead_seconds: float
+
+
+class Reach:
+    """How far back a task looks: at what has come lately, and over everything at first and now and then.
+
+    What a task has dealt with leaves dead entries in front of its index; while a long transaction keeps VACUUM from
+    taking them away, looking over everything each time would cost more each time.
+    """
+
+    def __init__(self) -> None:
+        self._looked_at = BEGINNING
+        self._everything_due_at = -math.inf
+
+    def since(self) -> datetime:
+        """Return from which instant of the database's clock on the task is to look now."""
+        everything = time.monotonic() >= self._everything_due_at
+        return BEGINNING if everything or self._looked_at == BEGINNING else self._looked_at - UNDER_WAY
+
+    def looked(self, since: datetime, until: datetime, *, at_all: bool) -> None:
+        """Note that the task has looked at this time, and whether at all that came in it."""
+        if at_all:
+            self._looked_at = until
+            if since == BEGINNING:
+                self._everything_due_at = time.monotonic() + EVERYTHING_EVERY_SECONDS
 
 
 class Maintenance(Component):
@@ -56,6 +87,8 @@ class Maintenance(Component):
         self._keeping = keeping
         self._every_seconds = every_seconds
         self._days_due_at = 0.0
+        self._reaping, self._promoting, self._folding = Reach(), Reach(), Reach()
+        self._folded_to = 0
         self._promoting_at = math.inf
         self._sooner = asyncio.Event()
 
@@ -85,32 +118,54 @@ class Maintenance(Component):
         silence = max(OUTAGE_SECONDS_MIN, 3 * self._every_seconds)
         await self._jobs.survive_outage(silence, OUTAGE_SECONDS_MAX)
 
+        since = now = self._reaping.since()
+
         async def step() -> int:
-            verdicts = await self._jobs.reap(
-                BATCH, lambda lease, now: decide_expiry(lease, now, random.random())
+            nonlocal now
+            verdicts, now = await self._jobs.reap(
+                BATCH, lambda lease, now: decide_expiry(lease, now, random.random()), since
             )
             for verdict in verdicts:
                 self._observer.on(attempt_ended(verdict))
             return len(verdicts)
 
-        return await _while_full(step, BATCH)
+        ended = await _while_full(step, BATCH)
+        self._reaping.looked(since, now, at_all=ended < BATCH * STEPS_PER_ROUND)
+        return ended
 
     async def promote(self) -> int:
         """Make delayed jobs ready whose time has come, and call those who wait for them."""
+        since = now = self._promoting.since()
 
         async def step() -> int:
-            promoted = await self._jobs.promote(BATCH)
+            nonlocal now
+            promoted, now = await self._jobs.promote(BATCH, since)
             for job in promoted:
                 line = job.place.line
                 self._observer.on(JobPromoted(job_id=job.job_id, queue=line.queue, type=line.type or ""))
             self._wakeups.placed([job.place for job in promoted])
             return len(promoted)
 
-        return await _while_full(step, BATCH)
+        promoted = await _while_full(step, BATCH)
+        self._promoting.looked(since, now, at_all=promoted < BATCH * STEPS_PER_ROUND)
+        return promoted
 
     async def fold(self) -> int:
         """Fold the deltas into the counts."""
-        return await _while_full(lambda: self._jobs.fold(FOLD_BATCH), FOLD_BATCH)
+        since = self._folding.since()
+        begin = 0 if since == BEGINNING else self._folded_to - DELTAS_UNDER_WAY
+        last: int | None = None
+
+        async def step() -> int:
+            nonlocal last
+            folded, last_of_step = await self._jobs.fold(FOLD_BATCH, begin)
+            last = last_of_step or last
+            return folded
+
+        folded = await _while_full(step, FOLD_BATCH)
+        self._folded_to = last or self._folded_to
+        self._folding.looked(since, datetime.now(UTC), at_all=folded < FOLD_BATCH * STEPS_PER_ROUND)
+        return folded
 
     async def retain(self) -> int:
         """Remove dead jobs whose retention has ended."""
@@ -163,7 +218,7 @@ class Maintenance(Component):
     async def _next_due_seconds(self) -> float:
         """Return when to look next: jobs that other processes have delayed tell nobody."""
         try:
-            due = await self._jobs.next_due_seconds()
+            due = await self._jobs.next_due_seconds(self._promoting.since())
         except UnavailableError:
             due = None
         soonest = self._every_seconds if due is None else min(due, self._every_seconds)

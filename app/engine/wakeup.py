@@ -206,17 +206,21 @@ class Wakeups(Component):
         """Tell whoever waits, and the cursors, that jobs stand ready now; at `old` places the others' cursors too."""
         for place in places:
             self._cursors.landed(place)
+        told = self.announce(Counter(place.line for place in places))
         if old:
+            places = [place for place in places if place.line in told]
             self._old_places += places[: OLD_PLACES_MAX + 1 - len(self._old_places)]
-        self.announce(Counter(place.line for place in places))
 
-    def announce(self, ready: Mapping[Line, int]) -> None:
-        """Call whoever waits, here first, for so many jobs on these lines."""
+    def announce(self, ready: Mapping[Line, int]) -> set[Line]:
+        """Call whoever waits, here first, for so many jobs on these lines; return of which the others will hear."""
+        told = set()
         for line, count in ready.items():
             left = count - self._room.call(line, count)
             if left > 0:
                 self._hints[line] = self._hints.get(line, 0) + left
                 self._to_say.set()
+                told.add(line)
+        return told
 
     def send_all_away(self) -> None:
         """Answer all waiting leases now, without a job."""
@@ -225,7 +229,8 @@ class Wakeups(Component):
     async def look(self) -> None:
         """Look for ready jobs that nobody was called for, and call. Raises UnavailableError."""
         behind = self._cursors.behind()
-        self._cursors.found(await self._jobs.look(behind, [PLACES_MAX] * len(behind)))
+        for place in await self._jobs.look(behind, [PLACES_MAX] * len(behind)):
+            self._cursors.landed(place)
         waiting = self._room.waiting()
         ahead = self._cursors.ahead(waiting)
         found = await self._jobs.look(ahead, [min(waiting[each.line], CALLED_MAX) for each in ahead])

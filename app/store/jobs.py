@@ -10,7 +10,7 @@ connection died at the COMMIT itself, of unknown outcome.
 import json
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from functools import lru_cache
 from typing import Any, TypeVar
 from uuid import UUID
@@ -47,6 +47,9 @@ REPLY_BYTES_MAX = 8 * 1024 * 1024
 CLAIM_SLACKS = (32, 256, 2048, 16_384)
 """How many jobs a claim looks at beyond those it takes, to pass over what other claims hold at that moment: first a
 few, and more and more while others hold all that it saw."""
+
+BEGINNING = datetime(1970, 1, 1, tzinfo=UTC)
+END = datetime(9999, 1, 1, tzinfo=UTC)
 
 LOOK_STRETCHES = 2000
 """A look goes over so many stretches in one statement."""
@@ -262,14 +265,16 @@ class Jobs:
 
         return await self._keeping(lambda: self._database.transact(work))
 
-    async def reap(self, limit: int, decide: Decide) -> list[Verdict]:
-        """End up to `limit` leases that have run out, as `decide` says."""
+    async def reap(
+        self, limit: int, decide: Decide, since: datetime = BEGINNING
+    ) -> tuple[list[Verdict], datetime]:
+        """End up to `limit` leases that have run out since then, as `decide` says; return the verdicts, and now."""
 
-        async def work(transaction: Transaction) -> list[Verdict]:
-            rows = await transaction.fetch("lock_expired", self._clock(), limit)
-            verdicts = [decide(_lease(row), row["now"]) for row in rows]
+        async def work(transaction: Transaction) -> tuple[list[Verdict], datetime]:
+            rows = await transaction.fetch("lock_expired", self._clock(), limit, since)
+            verdicts = [decide(_lease(row), row["now"]) for row in rows if row["id"] is not None]
             await self._write(transaction, verdicts, [None] * len(verdicts))
-            return verdicts
+            return verdicts, rows[0]["now"]
 
         return await self._keeping(lambda: self._database.transact(work))
 
@@ -284,13 +289,15 @@ class Jobs:
             for row in rows
         }
 
-    async def promote(self, limit: int) -> list[Promoted]:
-        """Make up to `limit` delayed jobs ready whose time has come; return them."""
-        rows = await self._database.fetch("promote", self._clock(), limit)
-        return [
+    async def promote(self, limit: int, since: datetime = BEGINNING) -> tuple[list[Promoted], datetime]:
+        """Make up to `limit` delayed jobs ready whose time has come since then; return them, and now."""
+        rows = await self._database.fetch("promote", self._clock(), limit, since)
+        promoted = [
             Promoted(row["id"], Place(Line(row["queue"], row["type"]), row["priority"], row["since"]))
             for row in rows
+            if row["id"] is not None
         ]
+        return promoted, rows[0]["now"]
 
     async def cancel(self, job_id: UUID) -> Moved | None:
         """Cancel a waiting job, or ask for the end of an active one (then the state left is ACTIVE)."""
@@ -310,12 +317,12 @@ class Jobs:
         given: int = rows[0]["count"]
         return given
 
-    async def fold(self, limit: int) -> int:
-        """Add up to `limit` deltas to the counts; return how many."""
-        folded: int = (await self._database.fetch("fold", limit))[0]["count"]
-        if folded:
+    async def fold(self, limit: int, begin: int = 0) -> tuple[int, int | None]:
+        """Add up to `limit` deltas from the number `begin` on to the counts; return how many, and the last one's number."""
+        [row] = await self._database.fetch("fold", limit, begin)
+        if row["count"]:
             await self._database.fetch("forget_queues")
-        return folded
+        return row["count"], row["last"]
 
     async def retain_dead(self, retention_seconds: float, limit: int) -> int:
         """Remove up to `limit` dead jobs whose retention has ended; return how many."""
@@ -333,9 +340,9 @@ class Jobs:
             + await self._partitions.drop_before(now, attempts_seconds, "attempts")
         )
 
-    async def next_due_seconds(self) -> float | None:
-        """Return in how many seconds the next delayed job is due; None when there is none."""
-        rows = await self._database.fetch("next_due", self._clock())
+    async def next_due_seconds(self, since: datetime = BEGINNING) -> float | None:
+        """Return in how many seconds the next delayed job is due, or was since then; None when there is none."""
+        rows = await self._database.fetch("next_due", self._clock(), since)
         return float(rows[0]["seconds"]) if rows else None
 
     async def now(self) -> datetime:

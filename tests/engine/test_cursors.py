@@ -8,9 +8,9 @@ from uuid import uuid4
 import pytest
 from uuid_utils.compat import uuid7
 
-from app.engine.cursors import BEGINNING, END, NEAR, PLACES_MAX, SLACK, Cursors
+from app.engine.cursors import NEAR, PLACES_MAX, SLACK, Cursors
 from app.queue.model import LeasedJob
-from app.store.jobs import Claim, Line, Place
+from app.store.jobs import BEGINNING, END, Claim, Line, Place
 from tests.conftest import Replica, World
 from tests.store.conftest import holding, idle_replica, logged
 

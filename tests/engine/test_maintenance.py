@@ -1,18 +1,28 @@
 """What happens without a request: each task alone, all of them in a round, round after round, in several processes."""
 
 import asyncio
-from datetime import datetime, timedelta
+import time
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import asyncpg
 import pytest
 from uuid_utils.compat import uuid7
 
-from app.engine.maintenance import BATCH, OUTAGE_SECONDS_MAX, STEPS_PER_ROUND
+from app.engine import maintenance
+from app.engine.maintenance import (
+    BATCH,
+    EVERYTHING_EVERY_SECONDS,
+    OUTAGE_SECONDS_MAX,
+    STEPS_PER_ROUND,
+    UNDER_WAY,
+    Reach,
+)
 from app.queue.events import AttemptEnded, JobPromoted, MaintenanceFailed, MaintenanceRan
 from app.queue.lifecycle import State
 from app.queue.model import JobRequest, Outcome
 from app.queue.policy import resolve
+from app.store.jobs import BEGINNING
 from tests.conftest import NEVER_SECONDS, Replica, World
 
 TASKS = {"days", "reap", "promote", "fold", "retain"}
@@ -45,6 +55,12 @@ async def settled(queue: Replica) -> Replica:
     """A replica that has done its first round."""
     await queue.events.wait_for(MaintenanceRan, len(TASKS))
     return queue
+
+
+@pytest.fixture
+def looks_at_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let each turn of a task look at everything, as it does each minute."""
+    monkeypatch.setattr(maintenance, "EVERYTHING_EVERY_SECONDS", 0.0)
 
 
 async def test_round_with_nothing_to_do_changes_nothing_and_tells_of_every_task(settled: Replica):
@@ -161,8 +177,9 @@ async def test_task_that_fails_does_not_stop_the_others_and_is_tried_again(
     assert (await settled.job(job["id"]))["state"] == "ready"
 
 
+@pytest.mark.usefixtures("looks_at_everything")
 async def test_rows_that_another_process_holds_are_left_to_it(settled: Replica, world: World):
-    await settled.enqueue(delay_seconds=1)
+    await settled.enqueue(delay_seconds=30)
     await settled.enqueue("busy")
     await settled.lease("busy")
     settled.clock.move(60)
@@ -182,7 +199,7 @@ async def test_rounds_of_several_processes_at_once_do_everything_once(world: Wor
     a = replicas[0]
     for replica in replicas:
         await replica.events.wait_for(MaintenanceRan, len(TASKS))
-    await asyncio.gather(*(a.enqueue(delay_seconds=1) for _ in range(50)))
+    await asyncio.gather(*(a.enqueue(delay_seconds=30) for _ in range(50)))
     await asyncio.gather(*(a.enqueue("busy", max_retries=0) for _ in range(50)))
     await a.lease("busy", max_jobs=50)
     a.clock.move(60)
@@ -268,6 +285,7 @@ async def test_outage_does_not_stretch_an_attempt_past_its_time_limit(settled: R
     assert await expiry(world) == instant(leased["lease_expires_at"]) + timedelta(seconds=30)
 
 
+@pytest.mark.usefixtures("looks_at_everything")
 async def test_lease_that_had_expired_before_an_outage_gets_nothing_back(settled: Replica, world: World):
     leased = await lease_of(settled)
     connection = await world.connect()
@@ -328,3 +346,51 @@ async def expiry(world: World) -> datetime:
     connection = await world.connect()
     expires_at: datetime = await connection.fetchval("SELECT expires_at FROM leases")
     return expires_at
+
+
+class TestReach:
+    """How far back a task looks."""
+
+    NOW = datetime(2026, 1, 1, tzinfo=UTC)
+
+    def test_looks_at_everything_at_first_then_at_what_came_lately(self):
+        reach = Reach()
+        assert reach.since() == BEGINNING
+        reach.looked(BEGINNING, self.NOW, at_all=True)
+        assert reach.since() == self.NOW - UNDER_WAY
+
+    def test_looks_at_everything_again_now_and_then(self, monkeypatch: pytest.MonkeyPatch):
+        reach = Reach()
+        reach.looked(BEGINNING, self.NOW, at_all=True)
+        later = time.monotonic() + EVERYTHING_EVERY_SECONDS
+        monkeypatch.setattr(time, "monotonic", lambda: later)
+        assert reach.since() == BEGINNING
+
+    def test_goes_on_where_it_was_while_there_is_too_much_for_a_turn(self):
+        reach = Reach()
+        reach.looked(BEGINNING, self.NOW, at_all=False)
+        assert reach.since() == BEGINNING
+
+
+async def test_a_delayed_job_is_ready_when_its_time_comes_and_not_a_round_later(world: World):
+    """The rounds of this replica are never; without its own look at the next due job the lease would wait in vain."""
+    queue = await world.replica()
+    await queue.events.wait_for(MaintenanceRan, len(TASKS))
+    waiting = asyncio.create_task(queue.lease(wait_seconds=30))
+    job = await queue.enqueue(delay_seconds=0.05)
+    assert [leased["id"] for leased in await waiting] == [job["id"]]
+
+
+async def test_a_retry_is_ready_when_its_backoff_is_over(world: World):
+    queue = await world.replica()
+    await queue.events.wait_for(MaintenanceRan, len(TASKS))
+    job = await queue.enqueue(backoff={"strategy": "fixed", "initial_seconds": 0.05, "jitter": "none"})
+    await queue.fail(await queue.lease_one())
+    assert [leased["id"] for leased in await queue.lease(wait_seconds=30)] == [job["id"]]
+
+
+async def test_a_job_that_another_process_has_delayed_is_ready_on_time(world: World):
+    one, two = await world.replica(), await world.replica(maintenance_seconds=0.05)
+    await one.machine.service.maintenance.stop()
+    job = await one.enqueue(delay_seconds=0.2)
+    assert [leased["id"] for leased in await two.lease(wait_seconds=30)] == [job["id"]]

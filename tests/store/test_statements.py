@@ -102,7 +102,7 @@ async def test_a_hundred_leases_are_reaped_in_one_transaction(queue: Replica):
     await claim(jobs, 100)
     queue.clock.move(60)
     async with logged(queue) as statements:
-        reaped = await jobs.reap(100, lambda lease, now: decide_expiry(lease, now, 0.5))
+        reaped, _ = await jobs.reap(100, lambda lease, now: decide_expiry(lease, now, 0.5))
     assert len(reaped) == 100
     assert statements == ["BEGIN;", "lock_expired", "conclude", "COMMIT;"]
 

@@ -1,7 +1,9 @@
--- Add the oldest deltas to the counts. Another folder's rows are skipped, so no delta is added twice.
+-- Add the oldest deltas to the counts. Another folder's rows are skipped, so no delta is added twice. Begins at $2: what
+-- was folded leaves dead entries to walk over.
 WITH old AS MATERIALIZED (
   SELECT d.seq
     FROM {schema}.deltas AS d
+   WHERE d.seq >= $2::bigint
    ORDER BY d.seq
    LIMIT $1::int
      FOR UPDATE SKIP LOCKED
@@ -22,4 +24,4 @@ WITH old AS MATERIALIZED (
          completed = c.completed + excluded.completed, failed = c.failed + excluded.failed,
          cancelled = c.cancelled + excluded.cancelled, expired = c.expired + excluded.expired
 )
-SELECT count(*) FROM gone
+SELECT count(*), max(seq) AS last FROM gone

@@ -1,9 +1,10 @@
 -- Make delayed jobs ready whose time has come, the longest due first. They join the line now, behind those that
--- were ready before them.
+-- were ready before them. Only those due since $3. There is always one row.
 WITH due AS MATERIALIZED (
   SELECT s.ctid AS tid
     FROM {schema}.scheduled AS s
    WHERE s.run_at <= coalesce($1::timestamptz, now())
+     AND s.run_at >= $3::timestamptz
    ORDER BY s.run_at
    LIMIT $2::int
      FOR UPDATE SKIP LOCKED
@@ -23,4 +24,6 @@ WITH due AS MATERIALIZED (
     FROM gone
    GROUP BY queue
 )
-SELECT id, queue, type, priority, since FROM waiting
+SELECT clock.now, waiting.*
+  FROM (SELECT coalesce($1::timestamptz, now()) AS now) AS clock
+  LEFT JOIN waiting ON true
