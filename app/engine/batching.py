@@ -11,6 +11,7 @@ size, and gets its answer after the COMMIT. Its submitter may go away meanwhile:
 import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable, Hashable, Sequence
+from itertools import chain
 from typing import Generic, TypeVar
 
 from app.queue.errors import UnavailableError
@@ -28,8 +29,8 @@ class Batcher(Generic[Item, Answer]):
     """Joins single items into batches, one batch at a time.
 
     `flush` writes a batch, commits, and returns an answer an item, in order. When it fails with an error that is not
-    a matter of time, each item is tried alone, so that a bad one spoils nothing for its neighbours. `weight` is an
-    item's share of a batch; two items with the same `key` never share one.
+    a matter of time, the batch is halved until the bad item is alone, so that it spoils nothing for its neighbours.
+    `weight` is an item's share of a batch; two items with the same `key` never share one.
     """
 
     def __init__(
@@ -57,7 +58,13 @@ class Batcher(Generic[Item, Answer]):
         self._line.append((item, answer))
         if self._flushing is None:
             self._flushing = asyncio.create_task(self._flush_all())
-        return await answer
+        try:
+            return await answer
+        except asyncio.CancelledError:
+            # The answer may have come already, a turn of the loop before its submitter could take it.
+            if answer.done() and not answer.cancelled() and answer.exception() is None:
+                self._orphaned(answer.result())
+            raise
 
     @property
     def idle(self) -> bool:
@@ -70,15 +77,20 @@ class Batcher(Generic[Item, Answer]):
             await asyncio.wait({self._flushing})
 
     async def _flush_all(self) -> None:
+        batch: list[tuple[Item, asyncio.Future[Answer]]] = []
         try:
             while self._line:
-                await self._write(self._next_batch())
+                batch = self._next_batch()
+                await self._write(batch)
         finally:
             self._flushing = None
-            if self._line:  # only when this task was cancelled
-                for _, answer in self._line:
-                    answer.cancel()
-                self._line.clear()
+            # Only when this task is cut off is there anybody without an answer.
+            for _, answer in chain(batch, self._line):
+                _refuse(
+                    answer,
+                    UnavailableError("The service was cut off. Whether anything has changed is not known."),
+                )
+            self._line.clear()
 
     def _next_batch(self) -> list[tuple[Item, asyncio.Future[Answer]]]:
         batch: list[tuple[Item, asyncio.Future[Answer]]] = []
@@ -99,23 +111,28 @@ class Batcher(Generic[Item, Answer]):
         return batch
 
     async def _write(self, batch: list[tuple[Item, asyncio.Future[Answer]]]) -> None:
-        try:
-            answers = await self._flush([item for item, _ in batch])
-        except UnavailableError as error:
-            for _, future in batch:
-                _refuse(future, UnavailableError(str(error), error.retry_after_seconds))
-        except Exception as error:  # noqa: BLE001  # handed to those who wait for it
-            if len(batch) == 1:
-                _refuse(batch[0][1], error)
+        parts = deque([batch])
+        while parts:
+            part = parts.popleft()
+            try:
+                answers = await self._flush([item for item, _ in part])
+            except UnavailableError as error:
+                # Not now, for the other parts too: trying each would only keep the line waiting.
+                for _, future in chain(part, *parts):
+                    _refuse(future, UnavailableError(str(error), error.retry_after_seconds))
                 return
-            for alone in batch:
-                await self._write([alone])
-        else:
-            for (_, future), answer in zip(batch, answers, strict=True):
-                if future.done():
-                    self._orphaned(answer)
+            except Exception as error:  # noqa: BLE001  # handed to the one who waits for it
+                if len(part) == 1:
+                    _refuse(part[0][1], error)
                 else:
-                    future.set_result(answer)
+                    half = len(part) // 2
+                    parts.extendleft([part[half:], part[:half]])
+            else:
+                for (_, future), answer in zip(part, answers, strict=True):
+                    if future.done():
+                        self._orphaned(answer)
+                    else:
+                        future.set_result(answer)
 
 
 def _refuse(future: "asyncio.Future[Answer]", error: Exception) -> None:
