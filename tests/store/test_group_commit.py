@@ -548,15 +548,31 @@ async def test_a_claim_that_outlives_its_request_is_given_back_before_the_servic
     assert await count(world, "ready", f"id = '{job['id']}'") == 1
 
 
-async def test_words_that_are_cut_off_in_line_are_refused(world: World, queue: Replica):
+async def test_what_a_cut_off_flush_was_writing_is_refused_and_the_line_goes_on(world: World, queue: Replica):
     async with holding(world, STORING):
-        posting = [post(queue, "/jobs", queue="q")]
+        first = post(queue, "/jobs", queue="q")
         await world.blocked()
-        posting += [post(queue, "/jobs", queue="q") for _ in range(3)]
+        posting = [post(queue, "/jobs", queue="q") for _ in range(3)]
         await in_line(enqueues(queue), 3)
-        flushing = enqueues(queue)._flushing
-        assert flushing is not None
+        [flushing] = enqueues(queue)._flushing
         flushing.cancel()
-        for answer in await asyncio.gather(*posting):
-            refused(answer)
-    assert (await post(queue, "/jobs", queue="q")).status_code == 201
+        refused(await first)
+    assert {answer.status_code for answer in await asyncio.gather(*posting)} == {201}
+
+
+async def test_a_flush_that_is_stuck_does_not_keep_the_next_one(world: World, queue: Replica):
+    connection = await world.connect()
+    await connection.execute(
+        "CREATE FUNCTION leaseq.stick() RETURNS trigger LANGUAGE plpgsql AS $$"
+        " BEGIN PERFORM pg_advisory_xact_lock(1); RETURN NEW; END $$;"
+        "CREATE TRIGGER stick BEFORE INSERT ON leaseq.jobs FOR EACH ROW WHEN (NEW.queue = 'sticky')"
+        " EXECUTE FUNCTION leaseq.stick();"
+        "SELECT pg_advisory_lock(1)"
+    )
+    stuck = post(queue, "/jobs", queue="sticky")
+    await world.blocked()
+    answers = await asyncio.gather(*(queue.enqueue() for _ in range(5)))
+    assert len({job["id"] for job in answers}) == 5
+    assert not stuck.done()
+    await connection.execute("SELECT pg_advisory_unlock(1)")
+    assert (await stuck).status_code == 201
