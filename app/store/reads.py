@@ -105,7 +105,7 @@ class Reads:
         found = union_all(
             *(select(place.c.id, place.c.state).where(place.c.id.in_(job_ids)) for place in places)
         )
-        return {row["id"]: State(row["state"]) for row in await self._all(found)}
+        return {row["id"]: State(row["state"]) for row in await self._look(found)}
 
     async def page(self, wanted: JobFilter, limit: int, before: UUID | None) -> tuple[list[Job], UUID | None]:
         """Return up to `limit` jobs, newest first, beginning after the id `before`, and the id to go on from."""
