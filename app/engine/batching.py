@@ -1,7 +1,8 @@
 """Group commit: what arrives while a statement runs goes into the next one.
 
 A commit costs a flush of the disk whatever it holds, so concurrent requests share one. There is no timer: a request
-on an idle system is sent at once, alone; under load a batch is what came in during the flush before it.
+on an idle system is sent at once, alone; under load a batch is what came in during the flush before it. Only where
+a flush seems to be stuck does the next one begin beside it.
 
 An item waits in a bounded line (full: UnavailableError, the caller answers 503), is written in a batch of bounded
 size, and gets its answer after the COMMIT. Its submitter may go away meanwhile: the item is written all the same, and
@@ -11,12 +12,17 @@ size, and gets its answer after the COMMIT. Its submitter may go away meanwhile:
 import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable, Hashable, Sequence
+from itertools import chain
 from typing import Generic, TypeVar
 
 from app.queue.errors import UnavailableError
 
 BATCH_MAX = 500
 LINE_MAX = 20_000
+
+FLUSHES_MAX = 2
+STUCK_SECONDS = 0.5
+"""A flush that takes longer than this may have met a dead connection or a stranger's lock: the next one need not."""
 
 Item = TypeVar("Item")
 Answer = TypeVar("Answer")
@@ -25,11 +31,11 @@ Flush = Callable[[Sequence[Item]], Awaitable[Sequence[Answer]]]
 
 
 class Batcher(Generic[Item, Answer]):
-    """Joins single items into batches, one batch at a time.
+    """Joins single items into batches, one batch at a time but where one is stuck.
 
     `flush` writes a batch, commits, and returns an answer an item, in order. When it fails with an error that is not
-    a matter of time, each item is tried alone, so that a bad one spoils nothing for its neighbours. `weight` is an
-    item's share of a batch; two items with the same `key` never share one.
+    a matter of time, the batch is halved until the bad item is alone, so that it spoils nothing for its neighbours.
+    `weight` is an item's share of a batch; two items with the same `key` never share one.
     """
 
     def __init__(
@@ -47,7 +53,9 @@ class Batcher(Generic[Item, Answer]):
         self._orphaned = orphaned
         self._batch_max = batch_max
         self._line: deque[tuple[Item, asyncio.Future[Answer]]] = deque()
-        self._flushing: asyncio.Task[None] | None = None
+        self._flushing: set[asyncio.Task[None]] = set()
+        self._next: asyncio.Task[None] | None = None
+        """Of those that flush, the one that takes the next batch; None while all are stuck, and at rest."""
 
     async def submit(self, item: Item) -> Answer:
         """Write `item` with whatever else is in line; return its answer. Raises what its flush raises."""
@@ -55,30 +63,58 @@ class Batcher(Generic[Item, Answer]):
             raise UnavailableError("Too many requests are in line already; come back a little later.")
         answer: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         self._line.append((item, answer))
-        if self._flushing is None:
-            self._flushing = asyncio.create_task(self._flush_all())
-        return await answer
+        self._begin()
+        try:
+            return await answer
+        except asyncio.CancelledError:
+            # The answer may have come already, a turn of the loop before its submitter could take it.
+            if answer.done() and not answer.cancelled() and answer.exception() is None:
+                self._orphaned(answer.result())
+            raise
 
     @property
     def idle(self) -> bool:
         """Whether nothing is in line and nothing is being written."""
-        return self._flushing is None
+        return not self._flushing
 
     async def drained(self) -> None:
         """Wait until everything in line has been written."""
-        if self._flushing is not None:
-            await asyncio.wait({self._flushing})
+        while self._flushing:
+            await asyncio.wait(self._flushing)
+
+    def _begin(self) -> None:
+        if self._line and self._next is None and len(self._flushing) < FLUSHES_MAX:
+            self._next = asyncio.create_task(self._flush_all())
+            self._flushing.add(self._next)
+
+    def _stuck(self) -> None:
+        self._next = None
+        self._begin()
 
     async def _flush_all(self) -> None:
+        task = asyncio.current_task()
+        assert task is not None  # noqa: S101  # a coroutine that runs has a task
+        batch: list[tuple[Item, asyncio.Future[Answer]]] = []
         try:
-            while self._line:
-                await self._write(self._next_batch())
+            while self._line and self._next in (task, None):
+                self._next = task
+                batch = self._next_batch()
+                patience = asyncio.get_running_loop().call_later(STUCK_SECONDS, self._stuck)
+                try:
+                    await self._write(batch)
+                finally:
+                    patience.cancel()
         finally:
-            self._flushing = None
-            if self._line:  # only when this task was cancelled
-                for _, answer in self._line:
-                    answer.cancel()
-                self._line.clear()
+            self._flushing.discard(task)
+            if self._next is task:
+                self._next = None
+            # Only when this task is cut off is there anybody without an answer.
+            for _, answer in batch:
+                _refuse(
+                    answer,
+                    UnavailableError("The service was cut off. Whether anything has changed is not known."),
+                )
+            self._begin()
 
     def _next_batch(self) -> list[tuple[Item, asyncio.Future[Answer]]]:
         batch: list[tuple[Item, asyncio.Future[Answer]]] = []
@@ -99,23 +135,28 @@ class Batcher(Generic[Item, Answer]):
         return batch
 
     async def _write(self, batch: list[tuple[Item, asyncio.Future[Answer]]]) -> None:
-        try:
-            answers = await self._flush([item for item, _ in batch])
-        except UnavailableError as error:
-            for _, future in batch:
-                _refuse(future, UnavailableError(str(error), error.retry_after_seconds))
-        except Exception as error:  # noqa: BLE001  # handed to those who wait for it
-            if len(batch) == 1:
-                _refuse(batch[0][1], error)
+        parts = deque([batch])
+        while parts:
+            part = parts.popleft()
+            try:
+                answers = await self._flush([item for item, _ in part])
+            except UnavailableError as error:
+                # Not now, for the other parts too: trying each would only keep the line waiting.
+                for _, future in chain(part, *parts):
+                    _refuse(future, UnavailableError(str(error), error.retry_after_seconds))
                 return
-            for alone in batch:
-                await self._write([alone])
-        else:
-            for (_, future), answer in zip(batch, answers, strict=True):
-                if future.done():
-                    self._orphaned(answer)
+            except Exception as error:  # noqa: BLE001  # handed to the one who waits for it
+                if len(part) == 1:
+                    _refuse(part[0][1], error)
                 else:
-                    future.set_result(answer)
+                    half = len(part) // 2
+                    parts.extendleft([part[half:], part[:half]])
+            else:
+                for (_, future), answer in zip(part, answers, strict=True):
+                    if future.done():
+                        self._orphaned(answer)
+                    else:
+                        future.set_result(answer)
 
 
 def _refuse(future: "asyncio.Future[Answer]", error: Exception) -> None:

@@ -58,6 +58,11 @@ class Claims:
             if batcher.idle:
                 self._batchers.pop(kind, None)
 
+    async def drained(self) -> None:
+        """Wait until everything in line has been taken, also for those who have gone."""
+        for batcher in list(self._batchers.values()):
+            await batcher.drained()
+
     async def _take(self, requests: Sequence[LeaseRequest]) -> list[Claim]:
         slots = [
             Slot(uuid4(), request.lease_seconds, request.worker)

@@ -9,6 +9,7 @@ import random
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from typing import Any, TypeVar
 from uuid import UUID
 
@@ -44,6 +45,7 @@ from app.queue.model import (
     JobFilter,
     JobRequest,
     LeasedJob,
+    NewJob,
     Settled,
     Verb,
     Verdict,
@@ -58,6 +60,12 @@ LOOKS_MAX = 10
 """How often a verb looks again for a job that others move at that moment, before it gives up for now."""
 
 CONTENDED_PAUSE_SECONDS = 0.02
+
+ALONE_MAX = 2
+"""How many words may wait at once, each with a connection, for leases that others hold at that moment."""
+
+BYTES_PER_WEIGHT = 16 * 1024
+"""A batch of BATCH_MAX carries some 8 MB at most, but for one item that is larger by itself."""
 
 Said = Job | Verdict | Settled | Beat
 """What comes of a worker's word: of an ack the job, of an ending its verdict (or the recorded answer), of a heartbeat
@@ -118,12 +126,16 @@ class Service:
         self._max_lease_waiters = max_lease_waiters
         self._draining = False
         self._owner = TaskOwner()
-        self._enqueues = Batcher(jobs.enqueue)
+        self._enqueues = Batcher(jobs.enqueue, weight=_weight, orphaned=self._enqueued)
         cursors = Cursors()
         self._claims = Claims(jobs, cursors, lambda claim: self._owner.spawn(self._give_back(claim.jobs)))
-        self._acks = Batcher(_in_order(jobs.ack), key=_job_id)
-        self._endings = Batcher(_in_order(jobs.conclude), key=_job_id)
-        self._heartbeats = Batcher(_in_order(jobs.heartbeat), key=_job_id)
+        ack = partial(jobs.ack, wait=False)
+        conclude = partial(jobs.conclude, wait=False)
+        heartbeat = partial(jobs.heartbeat, wait=False)
+        self._acks = Batcher(_in_order(ack), weight=_weight, key=_job_id, orphaned=self._tell_one)
+        self._endings = Batcher(_in_order(conclude), key=_job_id, orphaned=self._tell_one)
+        self._heartbeats = Batcher(_in_order(heartbeat), key=_job_id)
+        self._alone = asyncio.Semaphore(ALONE_MAX)
         self.wakeups = Wakeups(database, jobs, cursors, poll_seconds)
         self.maintenance = Maintenance(jobs, self.wakeups, observer, keeping, maintenance_seconds)
 
@@ -141,19 +153,15 @@ class Service:
         """Stop what runs in the background; requests must have ended."""
         self.drain()
         await self.maintenance.stop()
-        for batcher in (self._enqueues, self._acks, self._endings, self._heartbeats):
-            await batcher.drained()
+        for line in (self._enqueues, self._claims, self._acks, self._endings, self._heartbeats):
+            await line.drained()
         await self._owner.settle(GIVE_BACK_SECONDS_MAX)
         await self.wakeups.stop()
 
     async def enqueue(self, request: JobRequest) -> Job:
         """Store one job."""
         job = await self._enqueues.submit(resolve(request, self._defaults, uuid7()))
-        self._observer.on(JobEnqueued(job_id=job.id, queue=job.queue, type=job.type, state=job.state))
-        if job.state is State.READY:
-            self.wakeups.placed([Place(Line(job.queue, job.type), job.priority, job.created_at)])
-        else:
-            self.maintenance.expect((job.run_at - job.created_at).total_seconds())
+        self._enqueued(job)
         return job
 
     async def lease(self, wanted: LeaseRequest, gone: "asyncio.Future[object]") -> Sequence[LeasedJob]:
@@ -217,11 +225,12 @@ class Service:
         that the same verb has ended before gets the answer that was recorded; on another that does not stand, an
         error.
         """
-        if len(words) == 1:
-            answer = await self._batcher(words[0]).submit(words[0])
-            answers = {} if answer is None else {words[0].job_id: answer}
-        else:
+        answers: Mapping[UUID, Said]
+        if len(words) > 1:
             answers = await self._jobs.settle(words)
+        else:
+            answer = await self._settle_one(words[0])
+            answers = {} if answer is None else {words[0].job_id: answer}
         self._tell(answers.values())
         recalled = await self._recall([word for word in words if word.job_id not in answers])
         return [answers.get(word.job_id) or recalled[word.job_id] for word in words]
@@ -350,20 +359,43 @@ class Service:
             answers = await self._jobs.conclude([released(job.id, job.lease_id, 0) for job in leased])
             self._tell(answers.values())
 
-    def _batcher(self, word: Word) -> "Batcher[Any, Any]":
+    async def _settle_one(self, word: Word) -> Said | None:
+        batcher, write = self._way_of(word)
+        answer: Said | None = await batcher.submit(word)
+        if answer is None:
+            # The lease is gone, or in other hands at this moment: worth waiting for, but not for a whole group.
+            async with self._alone:
+                answer = (await write([word])).get(word.job_id)
+        return answer
+
+    def _way_of(
+        self, word: Word
+    ) -> "tuple[Batcher[Any, Any], Callable[[Sequence[Any]], Awaitable[Mapping[UUID, Any]]]]":
         match word:
             case Ack():
-                return self._acks
+                return self._acks, self._jobs.ack
             case Ending():
-                return self._endings
+                return self._endings, self._jobs.conclude
             case Heartbeat():
-                return self._heartbeats
+                return self._heartbeats, self._jobs.heartbeat
 
     async def _say(self, word: Word) -> Said:
         [answer] = await self.settle([word])
         if isinstance(answer, QueueError):
             raise answer
         return answer
+
+    def _enqueued(self, job: Job) -> None:
+        """Tell the observer of a stored job, and whoever waits for it."""
+        self._observer.on(JobEnqueued(job_id=job.id, queue=job.queue, type=job.type, state=job.state))
+        if job.state is State.READY:
+            self.wakeups.placed([Place(Line(job.queue, job.type), job.priority, job.created_at)])
+        else:
+            self.maintenance.expect((job.run_at - job.created_at).total_seconds())
+
+    def _tell_one(self, answer: Said | None) -> None:
+        if answer is not None:
+            self._tell([answer])
 
     def _tell(self, answers: Iterable[Said]) -> None:
         """Tell the observer what came of words, and whoever waits what has become ready."""
@@ -426,10 +458,16 @@ def _job_id(item: Ack | Ending | Heartbeat) -> UUID:
     return item.job_id
 
 
+def _weight(item: NewJob | Ack) -> int:
+    """Return an item's share of a batch: what it carries counts, so that a batch's size is bounded in bytes too."""
+    carried = item.payload if isinstance(item, NewJob) else item.result or b""
+    return 1 + len(carried) // BYTES_PER_WEIGHT
+
+
 def _in_order(
     write: Callable[[Sequence[Named]], Awaitable[Mapping[UUID, T]]],
 ) -> Callable[[Sequence[Named]], Awaitable[list[T | None]]]:
-    """Let a verb that answers by job id answer in the order of its items; None for a lease that is lost."""
+    """Let a verb that answers by job id answer in the order of its items; None for a lease that is not to be had."""
 
     async def flush(items: Sequence[Named]) -> list[T | None]:
         answers = await write(items)

@@ -161,6 +161,7 @@ def statement(name: str, schema: str, **parts: str) -> str:
         "schema": quoted,
         "body": ", ".join(BODY_COLUMNS),
         "body.": ", ".join(f"body.{column}" for column in BODY_COLUMNS),
+        "or_pass": "",
         **parts,
     }
     for placeholder, value in filled.items():
@@ -192,13 +193,18 @@ def _died_under_way(error: BaseException) -> bool:
 
 
 @contextmanager
-def unavailable_when_away() -> Iterator[None]:
-    """Turn an error that only time can mend into UnavailableError; others pass."""
+def unavailable_when_away(*, asked: bool = True) -> Iterator[None]:
+    """Turn an error that only time can mend into UnavailableError; others pass.
+
+    Where nothing has been `asked` of the database yet, it is known that nothing has happened.
+    """
     try:
         yield
+    except UnavailableError:
+        raise
     except Exception as error:
         if is_away(error) or (error.__cause__ is not None and is_away(error.__cause__)):
-            raise UnavailableError(_why(error), outcome_unknown=_died_under_way(error)) from error
+            raise UnavailableError(_why(error), outcome_unknown=asked and _died_under_way(error)) from error
         raise
 
 
@@ -331,10 +337,19 @@ class Database:
         with unavailable_when_away():
             for _ in range(DEADLOCK_TRIES - 1):
                 with suppress(asyncpg.DeadlockDetectedError, asyncpg.SerializationError):
-                    async with self.hot.acquire(timeout=ACQUIRE_TIMEOUT_SECONDS) as connection:
+                    async with self._acquired() as connection:
                         return await run(connection)
-            async with self.hot.acquire(timeout=ACQUIRE_TIMEOUT_SECONDS) as connection:
+            async with self._acquired() as connection:
                 return await run(connection)
+
+    @asynccontextmanager
+    async def _acquired(self) -> AsyncIterator[Any]:
+        with unavailable_when_away(asked=False):
+            connection = await self.hot.acquire(timeout=ACQUIRE_TIMEOUT_SECONDS)
+        try:
+            yield connection
+        finally:
+            await self.hot.release(connection)
 
 
 class Transaction:
@@ -344,9 +359,10 @@ class Transaction:
         self._connection = connection
         self._schema = schema
 
-    async def fetch(self, name: str, *values: object) -> Sequence[asyncpg.Record]:
+    async def fetch(self, name: str, *values: object, **parts: str) -> Sequence[asyncpg.Record]:
         """Run the statement `sql/<name>.sql`."""
-        rows: Sequence[asyncpg.Record] = await self._connection.fetch(statement(name, self._schema), *values)
+        text = statement(name, self._schema, **parts)
+        rows: Sequence[asyncpg.Record] = await self._connection.fetch(text, *values)
         return rows
 
     async def query(self, text: str, *values: object) -> Sequence[asyncpg.Record]:

@@ -144,20 +144,33 @@ class Jobs:
         await self._partitions.ensure(await self.now())
 
     async def enqueue(self, new: Sequence[NewJob]) -> list[Job]:
-        """Store jobs, in order. Where the connection dies at the COMMIT, looks what is stored and adds the rest."""
+        """Store jobs, in order: all or none. Where the connection dies at the COMMIT, looks whether they are."""
         try:
-            stored = await self._insert(new)
+            return await self._insert(new)
         except UnavailableError as error:
             if not error.outcome_unknown:
                 raise
-            rows = await self._database.fetch("stored", [job.id for job in new])
-            stored = {row["id"]: (row["created_at"], row["run_at"]) for row in rows}
-            stored |= await self._insert([job for job in new if job.id not in stored])
-        return [_stored_job(job, *stored[job.id]) for job in new]
+        stored = await self._stored(new)
+        if stored is None:
+            try:
+                return await self._insert(new)
+            except asyncpg.UniqueViolationError:
+                # The first try was still under way at the server, and has come through meanwhile.
+                stored = await self._stored(new)
+                if stored is None:
+                    raise
+        return stored
 
-    async def _insert(self, new: Sequence[NewJob]) -> dict[UUID, tuple[datetime, datetime]]:
-        if not new:
-            return {}
+    async def _stored(self, new: Sequence[NewJob]) -> list[Job] | None:
+        rows = await self._database.fetch("stored", [job.id for job in new])
+        if not rows:
+            return None
+        found = {row["id"]: row for row in rows}
+        # One that is missing among the others has been deleted since: it must not come back.
+        stored = [(job, found.get(job.id, rows[0])) for job in new]
+        return [_stored_job(job, row["created_at"], row["run_at"]) for job, row in stored]
+
+    async def _insert(self, new: Sequence[NewJob]) -> list[Job]:
         rows = await self._database.fetch(
             "enqueue",
             self._clock(),
@@ -176,7 +189,9 @@ class Jobs:
             [job.metadata for job in new],
             [job.payload for job in new],
         )
-        return {job.id: (row["created_at"], row["run_at"]) for job, row in zip(new, rows, strict=True)}
+        return [
+            _stored_job(job, row["created_at"], row["run_at"]) for job, row in zip(new, rows, strict=True)
+        ]
 
     async def lease(self, stretches: Sequence[Stretch], slots: Sequence[Slot]) -> Claim:
         """Take ready jobs in these stretches, all of whole queues or all of types; one a slot, the first the first.
@@ -236,26 +251,34 @@ class Jobs:
                 ]
         return found
 
-    async def ack(self, acks: Sequence[Ack]) -> dict[UUID, Job]:
-        """Finish jobs; return those whose lease still stood, by id."""
-        return await self._keeping(lambda: self._ack(self._database, acks))
+    async def ack(self, acks: Sequence[Ack], *, wait: bool = True) -> dict[UUID, Job]:
+        """Finish jobs; return those whose lease still stood, by id.
 
-    async def conclude(self, endings: Sequence[Ending]) -> dict[UUID, Verdict]:
+        Here and below: without `wait`, a lease that others hold at that moment is passed over.
+        """
+        return await self._keeping(lambda: self._ack(self._database, acks, wait=wait))
+
+    async def conclude(self, endings: Sequence[Ending], *, wait: bool = True) -> dict[UUID, Verdict]:
         """End attempts, each as its rule says; return the verdicts on leases that still stood, by job id."""
         return await self._keeping(
-            lambda: self._database.transact(lambda transaction: self._conclude(transaction, endings))
+            lambda: self._database.transact(
+                lambda transaction: self._conclude(transaction, endings, wait=wait)
+            )
         )
 
-    async def heartbeat(self, heartbeats: Sequence[Heartbeat]) -> dict[UUID, Beat]:
+    async def heartbeat(self, heartbeats: Sequence[Heartbeat], *, wait: bool = True) -> dict[UUID, Beat]:
         """Extend leases; return those that still stand, by job id."""
-        return await self._heartbeat(self._database, heartbeats)
+        return await self._keeping(lambda: self._heartbeat(self._database, heartbeats, wait=wait))
 
     async def settle(self, words: Sequence[Word]) -> dict[UUID, Job | Verdict | Beat]:
         """Take all words in one transaction; return what each did whose lease still stood, by job id."""
+        acks = [word for word in words if isinstance(word, Ack)]
+        if len(acks) == len(words):
+            return dict(await self.ack(acks))
 
         async def work(transaction: Transaction) -> dict[UUID, Job | Verdict | Beat]:
             done: dict[UUID, Job | Verdict | Beat] = {}
-            if acks := [word for word in words if isinstance(word, Ack)]:
+            if acks:
                 done |= await self._ack(transaction, acks)
             if endings := [word for word in words if isinstance(word, Ending)]:
                 done |= await self._conclude(transaction, endings)
@@ -353,7 +376,9 @@ class Jobs:
         now: datetime = (await self._database.fetch("now"))[0]["now"]
         return now
 
-    async def _ack(self, runner: Database | Transaction, acks: Sequence[Ack]) -> dict[UUID, Job]:
+    async def _ack(
+        self, runner: Database | Transaction, acks: Sequence[Ack], *, wait: bool = True
+    ) -> dict[UUID, Job]:
         # Batches lock their rows in one order, so that none waits for another in a circle.
         ordered = sorted(acks, key=lambda ack: ack.job_id)
         rows = await runner.fetch(
@@ -362,11 +387,12 @@ class Jobs:
             [ack.job_id for ack in ordered],
             [ack.lease_id for ack in ordered],
             [ack.result for ack in ordered],
+            or_pass=_or_pass(wait),
         )
         return {row["id"]: job_of(row) for row in rows}
 
     async def _heartbeat(
-        self, runner: Database | Transaction, heartbeats: Sequence[Heartbeat]
+        self, runner: Database | Transaction, heartbeats: Sequence[Heartbeat], *, wait: bool = True
     ) -> dict[UUID, Beat]:
         ordered = sorted(heartbeats, key=lambda heartbeat: heartbeat.job_id)
         rows = await runner.fetch(
@@ -375,13 +401,16 @@ class Jobs:
             [heartbeat.job_id for heartbeat in ordered],
             [heartbeat.lease_id for heartbeat in ordered],
             [heartbeat.extend_seconds for heartbeat in ordered],
+            or_pass=_or_pass(wait),
         )
         return {
             row["id"]: Beat(lease_expires_at=row["expires_at"], cancel_requested=row["cancel_requested"])
             for row in rows
         }
 
-    async def _conclude(self, transaction: Transaction, endings: Sequence[Ending]) -> dict[UUID, Verdict]:
+    async def _conclude(
+        self, transaction: Transaction, endings: Sequence[Ending], *, wait: bool = True
+    ) -> dict[UUID, Verdict]:
         ordered = sorted(endings, key=lambda ending: ending.job_id)
         by_id = {ending.job_id: ending for ending in ordered}
         rows = await transaction.fetch(
@@ -389,6 +418,7 @@ class Jobs:
             self._clock(),
             [ending.job_id for ending in ordered],
             [ending.lease_id for ending in ordered],
+            or_pass=_or_pass(wait),
         )
         verdicts = {row["id"]: by_id[row["id"]].decide(_lease(row), row["now"]) for row in rows}
         await self._write(transaction, list(verdicts.values()), [by_id[job_id].verb for job_id in verdicts])
@@ -413,7 +443,7 @@ class Jobs:
             )
 
     async def _keeping(self, write: Callable[[], Awaitable[T]]) -> T:
-        """Run a write that ends attempts: make its day when that is missing, repeat it when its outcome is unknown.
+        """Run a write of workers' words: make its day when that is missing, repeat it when its outcome is unknown.
 
         What the first try has ended, the second does not find: the service answers from the record then.
         """
@@ -437,6 +467,10 @@ def _columns(stretches: Sequence[Stretch]) -> tuple[list[str], list[int], list[d
         [stretch.since for stretch in stretches],
         [stretch.until for stretch in stretches],
     )
+
+
+def _or_pass(wait: bool) -> str:
+    return "" if wait else "SKIP LOCKED"
 
 
 def job_of(row: Any) -> Job:

@@ -110,3 +110,56 @@ async def test_a_full_line_refuses(monkeypatch: pytest.MonkeyPatch):
         await batcher.submit(4)
     pen.may_write.set()
     assert await asyncio.gather(*waiting) == [10, 20, 30]
+
+
+async def test_one_that_is_cancelled_before_it_could_take_its_answer_is_an_orphan():
+    orphans: list[int] = []
+    batcher = Batcher(Pen().write, orphaned=orphans.append)
+
+    async def first() -> None:
+        await batcher.submit(1)
+        # Both answers are there, and the other one has not run since.
+        second.cancel()
+
+    first_one = asyncio.create_task(first())
+    second = asyncio.create_task(batcher.submit(2))
+    await asyncio.wait({first_one, second})
+    assert second.cancelled()
+    assert orphans == [20]
+
+
+async def test_a_bad_item_among_many_is_found_by_halving():
+    pen = Pen()
+    batcher = Batcher(pen.write)
+    items = [*range(300), -1, *range(300, 499)]
+    answers = await asyncio.gather(*(batcher.submit(item) for item in items), return_exceptions=True)
+    assert [item for item, answer in zip(items, answers, strict=True) if answer != item * 10] == [-1]
+    assert len(pen.batches) < 25
+
+
+async def test_when_the_database_goes_away_while_a_bad_item_is_looked_for_the_search_ends():
+    tries = 0
+
+    async def write(_items: Sequence[int]) -> list[int]:
+        nonlocal tries
+        tries += 1
+        if tries > 2:
+            raise UnavailableError("away")
+        raise ValueError
+
+    batcher = Batcher(write)
+    answers = await asyncio.gather(*(batcher.submit(item) for item in range(100)), return_exceptions=True)
+    assert {type(answer) for answer in answers} == {UnavailableError}
+    assert tries == 3
+
+
+async def test_a_wrong_number_of_answers_leaves_nobody_waiting():
+    async def write(_items: Sequence[int]) -> list[int]:
+        return []
+
+    batcher = Batcher(write)
+    failures: list[object] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: failures.append(context["message"]))
+    answers = await asyncio.gather(*(batcher.submit(item) for item in range(3)), return_exceptions=True)
+    assert {type(answer) for answer in answers} == {UnavailableError}
+    assert batcher.idle

@@ -11,6 +11,7 @@ import signal
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import asyncpg
@@ -365,6 +366,54 @@ async def test_services_outlive_a_restart_of_postgresql(mode: str, cluster: Clus
     try:
         kept = {str(row["id"]) for row in await connection.fetch("SELECT id FROM leaseq.ready")}
         assert set(stored) <= kept
+        assert await broken_invariants(connection) == []
+    finally:
+        await connection.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["fast", "immediate"])
+async def test_groups_of_enqueues_outlive_restarts_of_postgresql(
+    mode: str, cluster: Cluster, processes: Processes
+):
+    service = await processes.serve(DATABASE_URL=cluster.url, QUEUE_POLL_SECONDS=60)
+    stored: dict[str, str] = {}
+    attempted: set[str] = set()
+    enough = asyncio.Event()
+
+    def more_than(count: int) -> bool:
+        return len(stored) > count
+
+    async def produce(name: int) -> None:
+        for number in itertools.count():
+            if enough.is_set():
+                return
+            token = f"{name}-{number}"
+            attempted.add(token)
+            answer = await service.post("/jobs", queue="q", payload=token)
+            if answer.status_code == 201:
+                assert answer.json()["id"] not in stored
+                stored[answer.json()["id"]] = token
+            else:
+                refused(answer)
+                await asyncio.sleep(0.01)
+
+    producing = [asyncio.create_task(produce(name)) for name in range(40)]
+    for wanted in (200, 400):
+        await until(partial(more_than, wanted), "jobs are stored in groups")
+        await asyncio.to_thread(cluster.stop, mode)
+        await asyncio.to_thread(cluster.start)
+    await until(partial(more_than, 600), "jobs are stored again")
+    enough.set()
+    await asyncio.gather(*producing)
+
+    connection = await asyncpg.connect(cluster.url)
+    try:
+        rows = await connection.fetch("SELECT id, convert_from(payload, 'UTF8') AS payload FROM leaseq.jobs")
+        kept = {str(row["id"]): row["payload"].strip('"') for row in rows}
+        assert stored.items() <= kept.items(), "lost"
+        assert len(set(kept.values())) == len(kept), "stored twice"
+        assert set(kept.values()) <= attempted
         assert await broken_invariants(connection) == []
     finally:
         await connection.close()

@@ -6,7 +6,7 @@ WITH lease AS MATERIALIZED (
           SELECT l.*
             FROM {schema}.leases AS l
            WHERE l.id = t.id AND l.lease_id = t.lease_id
-             FOR UPDATE) AS mine
+             FOR UPDATE {or_pass}) AS mine
 ), gone AS (
   DELETE FROM {schema}.leases WHERE id = ANY (ARRAY(SELECT id FROM lease))
 ), body AS (

@@ -12,7 +12,7 @@ WITH beat AS MATERIALIZED (
           SELECT l.id, l.expires_at, l.lease_seconds, l.deadline_at
             FROM {schema}.leases AS l
            WHERE l.id = t.id AND l.lease_id = t.lease_id
-             FOR UPDATE) AS mine
+             FOR UPDATE {or_pass}) AS mine
 )
 UPDATE {schema}.leases AS l
    SET (expires_at, heartbeat_at) = (SELECT beat.expires_at, beat.now FROM beat WHERE beat.id = l.id)

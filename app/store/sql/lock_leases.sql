@@ -6,7 +6,7 @@ SELECT coalesce($1::timestamptz, now()) AS now, mine.*, body.max_retries, body.b
         SELECT l.*
           FROM {schema}.leases AS l
          WHERE l.id = t.id AND l.lease_id = t.lease_id
-           FOR UPDATE) AS mine
+           FOR UPDATE {or_pass}) AS mine
  CROSS JOIN LATERAL (
         SELECT b.max_retries, b.budget_start, b.backoff
           FROM {schema}.jobs AS b
