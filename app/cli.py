@@ -3,7 +3,7 @@
 import asyncio
 import signal
 import sys
-from collections.abc import Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -12,7 +12,8 @@ import typer
 import uvloop
 import yaml
 
-from app.main import Machine, NotMigratedError, Server, build, connected, serve
+from app.main import Machine, NotMigratedError, build, connected, serve
+from app.processes import Parent, StartError, serve_together
 from app.queue.errors import UnavailableError
 from app.settings import Settings, SettingsError, load_settings
 from app.store.database import Database
@@ -38,7 +39,18 @@ cli = typer.Typer(
 def serve_command() -> None:
     """Serve the HTTP API and do the maintenance, until SIGINT or SIGTERM."""
     with _settings() as settings:
-        _run(serve(settings, _welcome))
+        if settings.processes == 1:
+            _run(serve(settings, lambda server: _welcome(settings.host, server.port)))
+        else:
+            raise typer.Exit(_run(serve_together(settings, lambda port: _welcome(settings.host, port))))
+
+
+@cli.command("replica", hidden=True)
+def replica_command(number: int, parent: int, listeners: list[int]) -> None:
+    """Serve as one of the processes of `serve`, which starts it and gives it these descriptors."""
+    above = Parent(parent)
+    with _settings(above.tell, number) as settings:
+        _run(above.serve(settings, number, listeners))
 
 
 @cli.command("migrate")
@@ -74,7 +86,8 @@ def openapi_command(
     if not check:
         OPENAPI_FILE.write_text(text)
     elif not OPENAPI_FILE.exists() or OPENAPI_FILE.read_text() != text:
-        _stop("openapi.yaml is not what the routes say: run `make openapi`.")
+        _say("openapi.yaml is not what the routes say: run `make openapi`.")
+        raise typer.Exit(1)
 
 
 async def _migrate(settings: Settings, revision: str, *, down: bool) -> None:
@@ -97,14 +110,18 @@ async def _maintain(machine: Machine, *, once: bool) -> dict[str, int]:
         return {}
 
 
+def _say(sentence: str) -> None:
+    typer.echo(sentence, err=True)
+
+
 @contextmanager
-def _settings() -> Iterator[Settings]:
+def _settings(say: Callable[[str], None] = _say, process: int | None = None) -> Iterator[Settings]:
     """Yield the settings with a database that answers; end with a sentence when there is none."""
     # Until the server takes signals by itself: leave through the blocks that stop what was started.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         settings = load_settings()
-        configure_logging(settings.log_level, settings.log_format)
+        configure_logging(settings.log_level, settings.log_format, process)
         if settings.database_url is not None:
             yield settings
         else:
@@ -116,8 +133,10 @@ def _settings() -> Iterator[Settings]:
         UnavailableError,
         NotMigratedError,
         MigrationError,
+        StartError,
     ) as error:
-        _stop(str(error))
+        say(str(error))
+        raise typer.Exit(error.code if isinstance(error, StartError) else 1) from None
 
 
 def _run(work: Coroutine[Any, Any, T]) -> T:
@@ -125,14 +144,8 @@ def _run(work: Coroutine[Any, Any, T]) -> T:
         return runner.run(work)
 
 
-def _stop(sentence: str) -> None:
-    typer.echo(sentence, err=True)
-    raise typer.Exit(1)
-
-
-def _welcome(server: Server) -> None:
-    host = server.config.host
-    at = f"http://{'127.0.0.1' if host in {'0.0.0.0', '::'} else host}:{server.port}"  # noqa: S104  # it compares
+def _welcome(host: str, port: int) -> None:
+    at = f"http://{'127.0.0.1' if host in {'0.0.0.0', '::'} else host}:{port}"  # noqa: S104  # it compares
     typer.echo(
         f"""
 leaseq is ready at {at}   (docs: {at}/docs, metrics: {at}/metrics)

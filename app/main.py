@@ -12,6 +12,7 @@ import structlog
 import uvicorn
 
 from app.api.app import Api, create_api
+from app.api.operate import show_process
 from app.api.protocol import Protocol
 from app.engine.maintenance import Keeping
 from app.engine.service import Service
@@ -21,7 +22,7 @@ from app.settings import Settings
 from app.store.database import Database
 from app.store.jobs import Jobs
 from app.store.migrate import is_migrated, upgrade
-from app.telemetry import EventLog, Everyone, Metrics
+from app.telemetry import EventLog, Everyone, Metrics, Showing
 
 KEEP_ALIVE_SECONDS = 75
 """Longer than the idle time of usual proxies: a connection that we close first costs its next request a 502."""
@@ -42,6 +43,8 @@ class Machine:
     jobs: Jobs
     service: Service
     api: Api
+    showing: Showing | None
+    """None where no other process shows the metrics of this one."""
 
 
 def build(
@@ -49,13 +52,18 @@ def build(
     *,
     clock: Callable[[], datetime | None] = lambda: None,
     observers: Sequence[Observer] = (),
+    process: int | None = None,
 ) -> Machine:
-    """Build the parts; nothing connects or runs yet. `clock` moves the database's clock in tests."""
+    """Build the parts; nothing connects or runs yet.
+
+    `clock` moves the database's clock in tests. `process` is the number of this process among several that serve
+    one address.
+    """
     database = Database(
         settings.require_database_url(), schema=settings.schema_name, pool_size=settings.db_pool_size
     )
     jobs = Jobs(database, clock)
-    metrics = Metrics()
+    metrics = Metrics(process)
     service = Service(
         database,
         jobs,
@@ -72,7 +80,8 @@ def build(
         body_bytes_max=settings.max_body_bytes,
         payload_bytes_max=settings.max_payload_bytes,
     )
-    return Machine(settings, database, jobs, service, api)
+    showing = None if process is None else Showing(lambda: show_process(service, metrics))
+    return Machine(settings, database, jobs, service, api, showing)
 
 
 @asynccontextmanager
@@ -82,13 +91,7 @@ async def connected(machine: Machine) -> AsyncIterator[Machine]:
     Raises UnavailableError, or NotMigratedError when migrations are missing that the settings do not let us apply.
     """
     try:
-        if await is_migrated(machine.database):
-            pass  # also where the role may do no more than read and write rows
-        elif machine.settings.migrate:
-            await upgrade(machine.database)
-        else:
-            message = "The database lacks migrations: run `python -m app migrate`, or set QUEUE_MIGRATE=true."
-            raise NotMigratedError(message)
+        await ensure_migrated(machine.database, migrate=machine.settings.migrate)
         await machine.database.start()
         await machine.jobs.prepare()
         yield machine
@@ -96,15 +99,29 @@ async def connected(machine: Machine) -> AsyncIterator[Machine]:
         await machine.database.close()
 
 
+async def ensure_migrated(database: Database, *, migrate: bool) -> None:
+    """Apply missing migrations. Raises UnavailableError, or NotMigratedError when some are missing and `migrate` is off."""
+    if await is_migrated(database):
+        return  # also where the role may do no more than read and write rows
+    if not migrate:
+        message = "The database lacks migrations: run `python -m app migrate`, or set QUEUE_MIGRATE=true."
+        raise NotMigratedError(message)
+    await upgrade(database)
+
+
 @asynccontextmanager
 async def running(machine: Machine) -> AsyncIterator[Machine]:
     """Run everything but the HTTP server for the length of the block. Raises as `connected` does."""
     async with connected(machine):
         await machine.service.start()
+        if machine.showing is not None:
+            await machine.showing.start()
         try:
             yield machine
         finally:
             await machine.service.stop()
+            if machine.showing is not None:
+                await machine.showing.stop()
 
 
 class Server(uvicorn.Server):
@@ -134,6 +151,10 @@ class Server(uvicorn.Server):
         port: int = self.servers[0].sockets[0].getsockname()[1]
         return port
 
+    def stop(self) -> None:
+        """Stop as at SIGTERM."""
+        self.handle_exit(signal.SIGTERM, None)
+
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Answer the waiting leases, then wait for all requests to end."""
         log.info("stopping")
@@ -143,26 +164,40 @@ class Server(uvicorn.Server):
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
         """Stop at SIGINT and SIGTERM. uvicorn's own way raises the signal again afterwards, amid our own clean-up."""
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, self.handle_exit, number, None)
-        try:
+        with stop_signals(lambda number: self.handle_exit(number, None)):
             yield
-        finally:
-            for number in (signal.SIGINT, signal.SIGTERM):
-                loop.remove_signal_handler(number)
-                # It stops already: another signal must not keep the rest, such as the database, from being stopped.
-                signal.signal(number, signal.SIG_IGN)
 
 
-async def serve(settings: Settings, ready: Callable[[Server], None]) -> None:
+@contextmanager
+def stop_signals(heed: Callable[[int], None]) -> Iterator[None]:
+    """Call `heed` at SIGINT and SIGTERM for the length of the block; from then on they are ignored."""
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, heed, number)
+    try:
+        yield
+    finally:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.remove_signal_handler(number)
+            # It stops already: another signal must not keep the rest, such as the database, from being stopped.
+            signal.signal(number, signal.SIG_IGN)
+
+
+async def serve(
+    settings: Settings,
+    ready: Callable[[Server], None],
+    *,
+    listeners: list[socket.socket] | None = None,
+    process: int | None = None,
+) -> None:
     """Serve until a signal comes; `ready` is called once requests are taken.
 
+    `listeners` are bound already, by the parent of the processes of which this one has the number `process`.
     Raises UnavailableError when the database does not answer at the start, or the address can not be had.
     """
-    async with running(build(settings)) as machine:
+    async with running(build(settings, process=process)) as machine:
         server = Server(machine)
-        serving = asyncio.create_task(_serve_until_stopped(server))
+        serving = asyncio.create_task(_serve_until_stopped(server, listeners))
         while not server.started and not serving.done():  # noqa: ASYNC110  # uvicorn has no event for it
             await asyncio.sleep(0.01)
         if server.started:
@@ -170,10 +205,14 @@ async def serve(settings: Settings, ready: Callable[[Server], None]) -> None:
         await serving
 
 
-async def _serve_until_stopped(server: Server) -> None:
+async def _serve_until_stopped(server: Server, listeners: list[socket.socket] | None) -> None:
     try:
-        await server.serve()
-    except SystemExit:
+        await server.serve(listeners)
+    except (SystemExit, OSError):
         # Caught here: out of a task it would leave the event loop, past everybody who awaits the task.
-        message = f"The address {server.config.host}:{server.config.port} can not be served on: is it taken?"
-        raise UnavailableError(message) from None
+        raise address_refused(server.config.host, server.config.port) from None
+
+
+def address_refused(host: str, port: int) -> UnavailableError:
+    """Return the error that an address can not be had."""
+    return UnavailableError(f"The address {host}:{port} can not be served on: is it taken?")

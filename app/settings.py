@@ -45,6 +45,7 @@ class Settings(BaseSettings):
     migrate: bool = Field(default=True, description="apply missing migrations at the start")
     host: str = Field(default="127.0.0.1", description="address to serve on")
     port: int = Field(default=8080, ge=0, le=65535, description="port to serve on")
+    processes: int = Field(default=1, ge=1, le=64, description="processes that serve the port together")
     auth: Literal["required", "off"] = Field(
         default="required", description="`off`: serve without API keys on any address"
     )
@@ -71,9 +72,14 @@ class Settings(BaseSettings):
         default=16 * 1024**2, ge=1024, le=256 * 1024**2, description="largest request body"
     )
     max_lease_waiters: int = Field(
-        default=10_000, ge=1, description="leases that may wait at once in one process"
+        default=10_000, ge=1, description="leases that may wait at once, shared out between the processes"
     )
-    db_pool_size: int = Field(default=8, ge=1, le=200, description="database connections for the verbs")
+    db_pool_size: int = Field(
+        default=8,
+        ge=1,
+        le=200,
+        description="database connections for the verbs, shared out between the processes, at least 1 each",
+    )
     shutdown_seconds: Seconds = Field(default=25.0, description="how long requests may take to end at a stop")
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         default="info", description="`debug`, `info`, `warning` or `error`"
@@ -120,6 +126,12 @@ class Settings(BaseSettings):
             max_retries=self.max_retries,
             backoff=Backoff(strategy=self.backoff_strategy, initial_seconds=self.backoff_seconds),
         )
+
+    @property
+    def variables(self) -> dict[str, str]:
+        """The environment that makes these settings again, whatever a `.env` file says meanwhile."""
+        values = self.model_dump(mode="json", exclude_none=True)
+        return {variable_of(name): str(value) for name, value in values.items()}
 
     def require_database_url(self) -> str:
         """Return DATABASE_URL. Raises SettingsError when it is not set."""

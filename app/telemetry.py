@@ -2,19 +2,29 @@
 
 Counters and histograms follow the events of this process; gauges are read from the database when Prometheus
 scrapes, at most once each GAUGE_SECONDS, with queries whose cost does not depend on how many jobs there are.
+
+Processes that serve one address together keep their counters in files of a directory that they share, so that the
+one that is scraped shows the sums of all. Each writes under its number, not its process id: who takes the place of
+one that died goes on counting where that one ended, and there are never more files than processes.
 """
 
+import asyncio
 import logging
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Literal
 
 import structlog
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, values
 from prometheus_client.gc_collector import GCCollector
+from prometheus_client.metrics_core import GaugeMetricFamily, Metric
+from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
 
+from app.engine.running import Component
 from app.queue.events import (
     AttemptEnded,
     CancelRequested,
@@ -35,6 +45,9 @@ from app.queue.lifecycle import State
 from app.queue.model import Outcome
 
 GAUGE_SECONDS = 2.0
+SHOW_SECONDS = 1.0
+SHARED_DIRECTORY = "PROMETHEUS_MULTIPROC_DIR"
+"""The variable by which prometheus_client knows where processes share their metrics."""
 QUEUE_LABELS_MAX = 500
 """Queues beyond so many share one label, so that a flood of names does not become a flood of series."""
 OTHER_QUEUES = "_other"
@@ -59,13 +72,23 @@ class Everyone:
 
 
 class Metrics:
-    """The metrics of one process, in a registry of their own."""
+    """What this process counts, and `registry`, which holds what a scrape of it shows.
 
-    def __init__(self) -> None:
+    `process` is its number among those that share their metrics in SHARED_DIRECTORY; None: it is alone.
+    """
+
+    def __init__(self, process: int | None = None) -> None:
         self.registry = CollectorRegistry()
-        ProcessCollector(registry=self.registry)
+        self._counted: CollectorRegistry | None = self.registry
         PlatformCollector(registry=self.registry)
-        GCCollector(registry=self.registry)
+        if process is None:
+            ProcessCollector(registry=self.registry)
+            GCCollector(registry=self.registry)
+        else:
+            values.ValueClass = values.MultiProcessValue(lambda: process)  # type: ignore[no-untyped-call]
+            MultiProcessCollector(self.registry)  # type: ignore[no-untyped-call]
+            self._counted = None
+        self._stored = _Stored(self.registry)
         self._queues: set[str] = set()
         self._enqueued = self._counter("leaseq_jobs_enqueued", "Jobs stored", "queue")
         self._completed = self._counter("leaseq_jobs_completed", "Jobs acked", "queue")
@@ -87,10 +110,10 @@ class Metrics:
             "From ready to leased",
             ["queue"],
             buckets=_WAITS,
-            registry=self.registry,
+            registry=self._counted,
         )
         self._runs = Histogram(
-            "leaseq_run_seconds", "From leased to acked", ["queue"], buckets=_RUNS, registry=self.registry
+            "leaseq_run_seconds", "From leased to acked", ["queue"], buckets=_RUNS, registry=self._counted
         )
         self._requests = self._counter(
             "leaseq_http_requests", "Requests answered", "handler", "method", "status"
@@ -100,27 +123,22 @@ class Metrics:
             "From the request to the end of its answer, but for leases: they last as long as they wait",
             ["handler", "method"],
             buckets=_REQUESTS,
-            registry=self.registry,
+            registry=self._counted,
         )
         self._request_metrics: dict[tuple[str, str, str], tuple[Counter, Histogram | None]] = {}
         self._maintenance = Histogram(
-            "leaseq_maintenance_seconds", "One turn of a maintenance task", ["task"], registry=self.registry
+            "leaseq_maintenance_seconds", "One turn of a maintenance task", ["task"], registry=self._counted
         )
         self._maintenance_failures = self._counter(
             "leaseq_maintenance_failures", "Turns of a maintenance task that failed", "task"
         )
-        self._jobs = self._gauge("leaseq_jobs", "Jobs kept now", "queue", "state")
-        self._oldest = self._gauge("leaseq_oldest_ready_seconds", "Age of the oldest ready job", "queue")
-        self._waiters = self._gauge("leaseq_lease_waiters", "Leases that wait in this process")
-        self._listening = self._gauge("leaseq_listening", "1 while hints from other processes are heard")
+        self._waiters = self._gauge("leaseq_lease_waiters", "Leases that wait", "livesum")
+        self._listening = self._gauge(
+            "leaseq_listening", "1 while hints from other processes are heard", "livemin"
+        )
         self._pool = self._gauge(
-            "leaseq_database_pool_connections", "Connections of the verbs' pool", "state"
+            "leaseq_database_pool_connections", "Connections of the verbs' pool", "livesum", "state"
         )
-        self._lag = self._gauge(
-            "leaseq_maintenance_lag_seconds", "Since any process last looked for expired leases"
-        )
-        self._database_up = self._gauge("leaseq_database_up", "1 when the database answered this scrape")
-        self._maintained_at: float | None = None
         self._gauges_read_at = float("-inf")
 
     def on(self, event: QueueEvent) -> None:  # one short case an event; a table would hide the types
@@ -166,9 +184,6 @@ class Metrics:
 
     def show_process(self, *, waiters: int, listening: bool, pool_size: int, pool_idle: int) -> None:
         """Set the gauges that this process knows by itself."""
-        if self._maintained_at is not None:
-            # Goes on growing while the database is away.
-            self._lag.set(time.monotonic() - self._maintained_at)
         self._waiters.set(waiters)
         self._listening.set(listening)
         self._pool.labels("idle").set(pool_idle)
@@ -181,20 +196,19 @@ class Metrics:
         maintenance_seconds_ago: float | None,
     ) -> None:
         """Set the gauges that were read from the database; counts is None when it did not answer."""
-        self._database_up.set(counts is not None)
-        self._jobs.clear()
-        self._oldest.clear()
+        self._stored.up = counts is not None
+        jobs: dict[tuple[str, State], int] = {}
         for queue, states in (counts or {}).items():
             for state, count in states.items():
-                self._jobs.labels(self._queue(queue), state).inc(count)
+                label = self._queue(queue), state
+                jobs[label] = jobs.get(label, 0) + count
         oldest: dict[str, float] = {}
         for queue, seconds in oldest_ready_seconds.items():
-            label = self._queue(queue)
-            oldest[label] = max(seconds, oldest.get(label, 0.0))
-        for label, seconds in oldest.items():
-            self._oldest.labels(label).set(seconds)
+            name = self._queue(queue)
+            oldest[name] = max(seconds, oldest.get(name, 0.0))
+        self._stored.jobs, self._stored.oldest = jobs, oldest
         if maintenance_seconds_ago is not None:
-            self._maintained_at = time.monotonic() - maintenance_seconds_ago
+            self._stored.maintained_at = time.monotonic() - maintenance_seconds_ago
 
     def _ended(self, event: AttemptEnded) -> None:
         queue = self._queue(event.queue)
@@ -223,10 +237,63 @@ class Metrics:
         return queue
 
     def _counter(self, name: str, help_text: str, *labels: str) -> Counter:
-        return Counter(name, help_text, labels, registry=self.registry)
+        return Counter(name, help_text, labels, registry=self._counted)
 
-    def _gauge(self, name: str, help_text: str, *labels: str) -> Gauge:
-        return Gauge(name, help_text, labels, registry=self.registry)
+    def _gauge(
+        self, name: str, help_text: str, together: Literal["livesum", "livemin"], *labels: str
+    ) -> Gauge:
+        """Return a gauge; `together` says what the values of several processes make."""
+        return Gauge(name, help_text, labels, registry=self._counted, multiprocess_mode=together)
+
+
+class _Stored:
+    """What was last read from the database. It is the same for all processes, so none adds to another's."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.jobs: dict[tuple[str, State], int] = {}
+        self.oldest: dict[str, float] = {}
+        self.maintained_at: float | None = None
+        self.up = False
+        registry.register(self)
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield it as prometheus_client asks for it."""
+        jobs = GaugeMetricFamily("leaseq_jobs", "Jobs kept now", labels=["queue", "state"])
+        for label, count in self.jobs.items():
+            jobs.add_metric(label, count)
+        oldest = GaugeMetricFamily(
+            "leaseq_oldest_ready_seconds", "Age of the oldest ready job", labels=["queue"]
+        )
+        for queue, seconds in self.oldest.items():
+            oldest.add_metric([queue], seconds)
+        # Goes on growing while the database is away.
+        lag = 0.0 if self.maintained_at is None else time.monotonic() - self.maintained_at
+        yield jobs
+        yield oldest
+        yield GaugeMetricFamily(
+            "leaseq_maintenance_lag_seconds", "Since any process last looked for expired leases", lag
+        )
+        yield GaugeMetricFamily(
+            "leaseq_database_up", "1 when the database answered this scrape", float(self.up)
+        )
+
+
+class Showing(Component):
+    """Shows the other processes what this one is like, again and again: any of them may be scraped."""
+
+    def __init__(self, show: Callable[[], None]) -> None:
+        super().__init__()
+        self._show = show
+
+    async def _run(self) -> None:
+        while True:
+            self._show()
+            await asyncio.sleep(SHOW_SECONDS)
+
+
+def forget(process: int, directory: Path) -> None:
+    """Let a process that has ended add to no gauge any more; what it has counted stays."""
+    mark_process_dead(process, directory)  # type: ignore[no-untyped-call]
 
 
 class EventLog:
@@ -279,11 +346,15 @@ class EventLog:
             self._log.log(level, name, job_id=str(event.job_id), queue=event.queue, type=event.type, **more)
 
 
-def configure_logging(level: str, form: str) -> None:
-    """Write log lines to standard error: as JSON, or pretty on a terminal. uvicorn's lines go the same way."""
+def configure_logging(level: str, form: str, process: int | None = None) -> None:
+    """Write log lines to standard error: as JSON, or pretty on a terminal. uvicorn's lines go the same way.
+
+    `process` is put into each line: the number of this process among several that write to one place.
+    """
     pretty = form == "pretty" or (form == "auto" and sys.stderr.isatty())
     shared: list[structlog.typing.Processor] = [
         structlog.contextvars.merge_contextvars,
+        lambda _logger, _name, line: line if process is None else {**line, "process": process},
         structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
     ]
@@ -296,7 +367,8 @@ def configure_logging(level: str, form: str) -> None:
     structlog.configure(
         processors=[*shared, *render],
         wrapper_class=structlog.make_filtering_bound_logger(number),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        # A line is one write: print would make two where nothing is buffered, and mix lines of several processes.
+        logger_factory=structlog.WriteLoggerFactory(sys.stderr),
         cache_logger_on_first_use=True,
     )
     handler = logging.StreamHandler(sys.stderr)

@@ -107,6 +107,7 @@ GOOD = {
     "QUEUE_MIGRATE": ("false", False),
     "QUEUE_HOST": ("::1", "::1"),
     "QUEUE_PORT": ("0", 0),
+    "QUEUE_PROCESSES": ("64", 64),
     "QUEUE_AUTH": ("off", "off"),
     "QUEUE_MAX_RETRIES": ("0", 0),
     "QUEUE_BACKOFF_STRATEGY": ("linear", BackoffStrategy.LINEAR),
@@ -132,6 +133,7 @@ BAD = {
     "QUEUE_MIGRATE": ["perhaps", ""],
     "QUEUE_HOST": [""],
     "QUEUE_PORT": ["-1", "65536", "http", "8080.5", ""],
+    "QUEUE_PROCESSES": ["0", "65", "1.5", "auto", ""],
     "QUEUE_AUTH": ["none", "OFF ", ""],
     "QUEUE_MAX_RETRIES": ["-1", "1.5", "many", "10001"],
     "QUEUE_BACKOFF_STRATEGY": ["quadratic", ""],
@@ -173,6 +175,16 @@ def test_a_bad_value_is_refused_with_one_sentence_that_names_the_variable(
     assert sentence.endswith(".")
     assert "\n" not in sentence
     assert "pydantic" not in sentence
+
+
+def test_settings_make_the_variables_that_make_them_again(monkeypatch: pytest.MonkeyPatch):
+    for variable, (written, _) in GOOD.items():
+        monkeypatch.setenv(variable, written)
+    settings = load_settings()
+    for variable, value in settings.variables.items():
+        monkeypatch.setenv(variable, value)
+    assert settings.variables.keys() == VARIABLES.keys()
+    assert load_settings() == settings
 
 
 def test_settings_can_not_be_changed_once_they_are_read():

@@ -223,6 +223,11 @@ def router(service: Service, metrics: Metrics) -> APIRouter:  # noqa: C901  # a 
 async def _read_gauges(service: Service, metrics: Metrics) -> None:
     if metrics.gauges_due():
         await _read_database_gauges(service, metrics)
+    show_process(service, metrics)
+
+
+def show_process(service: Service, metrics: Metrics) -> None:
+    """Set the gauges that this process knows by itself."""
     size, idle = service.pool_usage()
     metrics.show_process(
         waiters=service.wakeups.waiters,
