@@ -64,18 +64,17 @@ class Claims:
             await batcher.drained()
 
     async def _take(self, requests: Sequence[LeaseRequest]) -> list[Claim]:
-        slots = [
-            Slot(uuid4(), request.lease_seconds, request.worker)
+        room = [
+            [Slot(uuid4(), request.lease_seconds, request.worker) for _ in range(request.max_jobs)]
             for request in requests
-            for _ in range(request.max_jobs)
         ]
+        slots = [slot for each in room for slot in each]
         with self._cursors.claiming(requests[0].lines) as look:
             claim = await self._jobs.lease(look.stretches, slots)
             look.found(claim)
+        by_lease = {job.lease_id: job for job in claim.jobs}
         answers = []
-        begin = 0
-        for request in requests:
-            taken = claim.jobs[begin : begin + request.max_jobs]
+        for each in room:
+            taken = [by_lease[slot.lease_id] for slot in each if slot.lease_id in by_lease]
             answers.append(Claim(taken, claim.contended and not taken, claim.claimed_at))
-            begin += request.max_jobs
         return answers

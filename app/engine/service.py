@@ -127,8 +127,10 @@ class Service:
         self._draining = False
         self._owner = TaskOwner()
         self._enqueues = Batcher(jobs.enqueue, weight=_weight, orphaned=self._enqueued)
-        cursors = Cursors()
-        self._claims = Claims(jobs, cursors, lambda claim: self._owner.spawn(self._give_back(claim.jobs)))
+        self._cursors = Cursors()
+        self._claims = Claims(
+            jobs, self._cursors, lambda claim: self._owner.spawn(self._give_back(claim.jobs))
+        )
         ack = partial(jobs.ack, wait=False)
         conclude = partial(jobs.conclude, wait=False)
         heartbeat = partial(jobs.heartbeat, wait=False)
@@ -136,7 +138,7 @@ class Service:
         self._endings = Batcher(_in_order(conclude), key=_job_id, orphaned=self._tell_one)
         self._heartbeats = Batcher(_in_order(heartbeat), key=_job_id)
         self._alone = asyncio.Semaphore(ALONE_MAX)
-        self.wakeups = Wakeups(database, jobs, cursors, poll_seconds)
+        self.wakeups = Wakeups(database, jobs, self._cursors, poll_seconds)
         self.maintenance = Maintenance(jobs, self.wakeups, observer, keeping, maintenance_seconds)
 
     async def start(self) -> None:
@@ -287,9 +289,15 @@ class Service:
 
     async def oldest_ready_seconds(self, counts: Mapping[str, Mapping[State, int]]) -> dict[str, float]:
         """Return for each queue with ready jobs how long its oldest one has waited."""
-        return await self._reads.oldest_ready_seconds(
-            [queue for queue, of in counts.items() if of[State.READY] > 0]
-        )
+        lines = [Line(queue) for queue, of in counts.items() if of[State.READY] > 0]
+        ahead = self._cursors.ahead(lines)
+        found = await self._jobs.look(ahead, [1] * len(ahead))
+        now = await self._jobs.now()
+        oldest: dict[str, float] = {}
+        for place in found:
+            queue = place.line.queue
+            oldest[queue] = max(oldest.get(queue, 0.0), (now - place.since).total_seconds())
+        return oldest
 
     def pool_usage(self) -> tuple[int, int]:
         """Return how many connections the verbs' pool has, and how many of them are idle."""

@@ -24,21 +24,19 @@ from sqlalchemy import (
     cast,
     false,
     func,
-    lateral,
     literal,
     null,
     or_,
     select,
     text,
-    true,
     union_all,
 )
-from sqlalchemy.dialects.postgresql import ARRAY, TIMESTAMP
+from sqlalchemy.dialects.postgresql import TIMESTAMP
 from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.types import TypeEngine
 
 from app.queue.lifecycle import State
-from app.queue.model import PRIORITY_MAX, PRIORITY_MIN, Attempt, Job, JobFilter, Outcome
+from app.queue.model import Attempt, Job, JobFilter, Outcome
 from app.store.database import Database, unavailable_when_away
 from app.store.jobs import job_of
 from app.store.schema import (
@@ -193,27 +191,6 @@ class Reads:
             .order_by(both.c.queue)
         )
         return {row["queue"]: {state: row[state.value] for state in State} for row in rows}
-
-    async def oldest_ready_seconds(self, queues: Sequence[str]) -> dict[str, float]:
-        """Return for each queue how long its oldest ready job has waited; queues without one are left out."""
-        line = func.unnest(cast(list(queues), ARRAY(Text))).table_valued("queue").render_derived(name="line")
-        level = (
-            func.generate_series(PRIORITY_MIN, PRIORITY_MAX)
-            .table_valued("priority")
-            .render_derived(name="level")
-        )
-        head = lateral(
-            select(ready.c.since)
-            .where(ready.c.queue == line.c.queue, ready.c.priority == level.c.priority)
-            .order_by(ready.c.since)
-            .limit(1)
-        )
-        rows = await self._all(
-            select(line.c.queue, func.extract("epoch", func.now() - func.min(head.c.since)).label("seconds"))
-            .select_from(line.join(level, true()).join(head, true()))
-            .group_by(line.c.queue)
-        )
-        return {row["queue"]: max(float(row["seconds"]), 0.0) for row in rows}
 
     async def workers(self) -> list[WorkerSeen]:
         """Return the workers that hold leases, the most recently seen first, at most WORKERS_MAX."""
