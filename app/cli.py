@@ -12,7 +12,7 @@ import typer
 import uvloop
 import yaml
 
-from app.main import Machine, NotMigratedError, build, connected, serve
+from app.main import Machine, NotMigratedError, build, connected, serve, stop_signals
 from app.processes import Parent, StartError, serve_together
 from app.queue.errors import UnavailableError
 from app.settings import Settings, SettingsError, load_settings
@@ -102,11 +102,13 @@ async def _maintain(machine: Machine, *, once: bool) -> dict[str, int]:
     async with connected(machine):
         if once:
             return await machine.service.maintenance.run_once()
-        await machine.service.start()
-        try:
-            await asyncio.get_running_loop().create_future()
-        finally:
-            await machine.service.stop()
+        stopped = asyncio.Event()
+        with stop_signals(lambda _number: stopped.set()):
+            await machine.service.start()
+            try:
+                await stopped.wait()
+            finally:
+                await machine.service.stop()
         return {}
 
 

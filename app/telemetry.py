@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import structlog
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, values
@@ -59,6 +59,9 @@ _WAITS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60
 _RUNS = (0.005, 0.01, 0.05, 0.1, 0.5, 1, 5, 10, 30, 60, 120, 300, 600, 1800, 3600, 7200)
 
 
+log = structlog.get_logger(__name__)
+
+
 class Everyone:
     """Tells several observers."""
 
@@ -66,9 +69,21 @@ class Everyone:
         self._observers = tuple(observers)
 
     def on(self, event: QueueEvent) -> None:
-        """Pass `event` on to each."""
+        """Pass `event` on to each. What it tells of has happened: no observer's failure may look like its failure."""
         for observer in self._observers:
-            observer.on(event)
+            try:
+                observer.on(event)
+            except Exception:
+                log.exception("observer_failed", observer=type(observer).__name__)
+
+
+class _OfQueue(NamedTuple):
+    """The metrics of one queue that change with every job: looking them up by label costs more than the change."""
+
+    enqueued: Counter
+    completed: Counter
+    waits: Histogram
+    runs: Histogram
 
 
 class Metrics:
@@ -90,6 +105,7 @@ class Metrics:
             self._counted = None
         self._stored = _Stored(self.registry)
         self._queues: set[str] = set()
+        self._by_queue: dict[str, _OfQueue] = {}
         self._enqueued = self._counter("leaseq_jobs_enqueued", "Jobs stored", "queue")
         self._completed = self._counter("leaseq_jobs_completed", "Jobs acked", "queue")
         self._attempts_failed = self._counter(
@@ -145,13 +161,13 @@ class Metrics:
         """Count `event`."""
         match event:
             case JobEnqueued():
-                self._enqueued.labels(self._queue(event.queue)).inc()
+                self._of(event.queue).enqueued.inc()
             case JobLeased():
-                self._waits.labels(self._queue(event.queue)).observe(event.waited_seconds)
+                self._of(event.queue).waits.observe(event.waited_seconds)
             case JobCompleted():
-                queue = self._queue(event.queue)
-                self._completed.labels(queue).inc()
-                self._runs.labels(queue).observe(event.ran_seconds)
+                of = self._of(event.queue)
+                of.completed.inc()
+                of.runs.observe(event.ran_seconds)
             case AttemptEnded():
                 self._ended(event)
             case JobCancelled():
@@ -228,6 +244,20 @@ class Metrics:
             case _:
                 pass
 
+    def _of(self, queue: str) -> "_OfQueue":
+        found = self._by_queue.get(queue)
+        if found is None:
+            label = self._queue(queue)
+            found = _OfQueue(
+                enqueued=self._enqueued.labels(label),
+                completed=self._completed.labels(label),
+                waits=self._waits.labels(label),
+                runs=self._runs.labels(label),
+            )
+            if label == queue:  # the names beyond the limit are not kept either
+                self._by_queue[queue] = found
+        return found
+
     def _queue(self, queue: str) -> str:
         if queue in self._queues:
             return queue
@@ -299,8 +329,9 @@ def forget(process: int, directory: Path) -> None:
 class EventLog:
     """One line for each change of a job's state: routine at debug, what an operator wants to know at info and up."""
 
-    def __init__(self) -> None:
+    def __init__(self, level: str) -> None:
         self._log = structlog.get_logger("leaseq")
+        self._level = logging.getLevelNamesMapping()[level.upper()]
 
     def on(self, event: QueueEvent) -> None:  # noqa: C901  # one short case an event
         """Write `event` down."""
@@ -342,7 +373,7 @@ class EventLog:
                 pass
 
     def _line(self, level: int, name: str, event: JobEvent, **more: object) -> None:
-        if self._log.is_enabled_for(level):
+        if level >= self._level:
             self._log.log(level, name, job_id=str(event.job_id), queue=event.queue, type=event.type, **more)
 
 

@@ -31,8 +31,10 @@ SECTIONS: dict[str, tuple[str, Callable[[Lab], Findings]]] = {
     "enqueue": ("Enqueue one by one", throughput.enqueue),
     "work": ("Take and finish one by one", throughput.work),
     "batch": ("Take and finish in batches", throughput.batch),
+    "prices": ("What each layer costs", throughput.prices),
     "pick-up": ("Pick-up latency", latency.pick_up),
     "backlog": ("Lease by backlog", latency.backlog),
+    "flat": ("Lease while everything grows", latency.flat),
     "pinned": ("Lease with a pinned xmin horizon", latency.pinned),
     "waiters": ("Idle long-polls", footprint.waiters),
     "cost": ("Cost of a job", footprint.cost),
@@ -40,7 +42,7 @@ SECTIONS: dict[str, tuple[str, Callable[[Lab], Findings]]] = {
     "curve": ("Throughput by concurrency", throughput.curve),
     "others": ("Other queues", throughput.others),
 }
-NOT_QUICK = ("generator", "curve", "others")
+NOT_QUICK = ("prices", "flat", "generator", "curve", "others")
 PAPER_COLUMNS = 160
 """Where the output is no terminal, whose width is known."""
 
@@ -112,7 +114,7 @@ def main() -> int:
             bar.advance(task)
     show_goals(console, sections)
     if arguments.write:
-        console.print(f"Written: {write(sections, ground, plan, quick=arguments.quick).name}")
+        console.print(f"Written: {write(sections, ground, plan, list(SECTIONS), quick=arguments.quick).name}")
     return 1 if any(section.failure for section in sections) else 0
 
 

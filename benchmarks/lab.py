@@ -26,6 +26,7 @@ START_SECONDS = 60
 GRACE_SECONDS = 120  # for what a run does before and after its time
 NPM_SECONDS = 600
 FILL_CHUNK = 500_000
+SQL_TRIES = 5
 QUEUE = "bench"
 # The verbs' tables; a service that has none of its jobs any more goes on as if it were new.
 EMPTIED = ("jobs", "ready", "scheduled", "leases", "history", "attempts", "dead", "deltas", "counts")
@@ -65,6 +66,7 @@ class Plan:
     quiet_seconds: int
     renewal_seconds: int
     cost_jobs: int
+    flat: int
 
 
 FULL = Plan(
@@ -80,6 +82,7 @@ FULL = Plan(
     quiet_seconds=10,
     renewal_seconds=30,
     cost_jobs=3000,
+    flat=1_000_000,
 )
 QUICK = Plan(
     rounds=2,
@@ -94,6 +97,7 @@ QUICK = Plan(
     quiet_seconds=5,
     renewal_seconds=0,
     cost_jobs=300,
+    flat=0,
 )
 
 
@@ -130,9 +134,15 @@ class Service:
 
 def sql(url: str, text: str, **values: object) -> list[tuple[Any, ...]]:
     """Run a statement by itself and return its rows."""
-    with psycopg.connect(url, autocommit=True) as connection:
-        found = connection.execute(text.encode(), values or None)
-        return found.fetchall() if found.description else []
+    for tries_left in reversed(range(SQL_TRIES)):
+        with psycopg.connect(url, autocommit=True) as connection:
+            try:
+                found = connection.execute(text.encode(), values or None)
+                return found.fetchall() if found.description else []
+            except psycopg.errors.DeadlockDetected:  # TRUNCATE meets the maintenance of a service
+                if not tries_left:
+                    raise
+    return []
 
 
 def fill(url: str, count: int, queue: str = QUEUE) -> None:
@@ -215,6 +225,15 @@ class Lab:
         with running((*command, *options), self.log) as child:
             _wait_for(port)
             yield Service("echo", port, child.pid)
+
+    @contextmanager
+    def layers(self, upto: str) -> Iterator[Service]:
+        """Run the service's layers up to one, without a database, for the length of the block."""
+        port = free_port()
+        command = (sys.executable, "-m", "benchmarks.peers.layers", upto, str(port))
+        with running(command, self.log) as child:
+            _wait_for(port)
+            yield Service(upto, port, child.pid)
 
     @contextmanager
     def trivial(self) -> Iterator[Service]:

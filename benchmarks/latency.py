@@ -12,10 +12,10 @@ import asyncpg
 import psycopg
 
 from app.engine.cursors import Cursors
-from app.store.database import HOT_SETTINGS, Database
-from app.store.jobs import Jobs, Line, Slot
+from app.store.database import HOT_SETTINGS, Database, statement
+from app.store.jobs import BEGINNING, Jobs, Line, Slot
 from benchmarks.client import Client, paced
-from benchmarks.lab import QUEUE, Lab, fill, in_turn, tidy
+from benchmarks.lab import QUEUE, Lab, fill, in_turn, sql, tidy
 from benchmarks.results import Findings, Plot, Row, Series, Table, at_most, number, quantile, within
 
 PAUSE_SECONDS = 0.03
@@ -26,6 +26,7 @@ SLICES = 40
 WITHOUT_PART = 5
 """The run without a pinned horizon is this much shorter: it has no trend."""
 POINTS = 200
+WHOLE = Line(QUEUE)
 
 
 def pick_up(lab: Lab) -> Findings:
@@ -182,6 +183,91 @@ def _leases(port: int, count: int) -> Callable[[], list[float]]:
     return lambda: asyncio.run(run())
 
 
+READY = """
+WITH new AS MATERIALIZED (
+  SELECT uuidv7() AS id, %(queue)s || n %% %(queues)s AS queue, %(type)s::text AS type,
+         CASE WHEN %(mixed)s THEN n %% 11 ELSE 5 END AS priority, n
+    FROM generate_series(1, %(count)s::int) AS n
+), body AS (
+  INSERT INTO leaseq.jobs (id, created_at, queue, type, priority, run_at, lease_seconds, max_retries, backoff,
+                           budget_start, tags, metadata, payload)
+  SELECT id, now(), queue, type, priority, now(), 30, 3,
+         '{"strategy": "fixed", "initial_seconds": 1, "factor": 2, "max_seconds": 9, "jitter": "none"}', 0, '[]', '{}', '1'
+    FROM new
+)
+INSERT INTO leaseq.ready (id, queue, type, priority, attempt, noted, since)
+SELECT id, queue, type, priority, 0, false, now() - interval '1 second' + n * interval '1 microsecond' FROM new"""
+SCHEDULED = """
+INSERT INTO leaseq.scheduled (id, queue, type, priority, attempt, noted, run_at, is_retry)
+SELECT uuidv7(), 'later', 'default', 5, 0, false, now() + interval '1 day' + n * interval '1 ms', false
+  FROM generate_series(1, %(count)s::int) AS n"""
+DEAD = """
+INSERT INTO leaseq.dead (id, created_at, queue, type, priority, run_at, lease_seconds, max_retries, backoff, budget_start,
+                         tags, metadata, payload, state, attempt, reason, finished_at)
+SELECT uuidv7(), now(), %(queue)s, 'default', 5, now(), 30, 3, '{}', 0, '[]', '{}', '1', 'failed', 4,
+       'retries_exhausted', now()
+  FROM generate_series(1, %(count)s::int) AS n"""
+
+
+def flat(lab: Lab) -> Findings:
+    """What a lease reads as everything around it grows: one database, more and more in it, and never analysed."""
+    url, million = lab.database("leaseq_flat"), lab.plan.flat
+    with lab.leaseq(url):  # which brings its tables
+        pass
+    fill(url, 10_000)
+    tidy(url)
+
+    def ready(**values: object) -> None:
+        sql(
+            url,
+            READY,
+            **{"queue": "other-", "queues": 1, "type": "default", "mixed": False, "count": million} | values,
+        )
+
+    def scheduled() -> None:
+        for _ in range(10):
+            sql(url, SCHEDULED, count=million)
+
+    def rare() -> None:
+        ready(queue="typed-", type="common")
+        ready(queue="typed-", type="rare", count=1)
+
+    steps: list[tuple[str, Callable[[], object], Line]] = [
+        ("10,000 ready jobs, vacuumed and analysed", lambda: None, Line(QUEUE)),
+        (f"… and {10 * million:,} scheduled", scheduled, Line(QUEUE)),
+        (
+            f"… and {million:,} dead in this queue",
+            lambda: sql(url, DEAD, queue=QUEUE, count=million),
+            Line(QUEUE),
+        ),
+        (f"… and {million:,} in 1,000 other queues", lambda: ready(queues=1000), Line("other-7")),
+        (f"… and one of a rare type behind {million:,} of another", rare, Line("typed-0", "rare")),
+        (
+            f"… and {million:,} of mixed priorities",
+            lambda: ready(queue="mixed-", mixed=True),
+            Line("mixed-0"),
+        ),
+        ("the first queue again", lambda: None, Line(QUEUE)),
+    ]
+    rows = []
+    for name, grow, line in steps:
+        lab.says(name)
+        grow()
+        promote = asyncio.run(_explain(url, statement("promote", "leaseq"), [None, 500, BEGINNING]))
+        where = line.queue if line.type is None else f"{line.queue}, type {line.type}"
+        rows.append((name, where, str(buffers_of_a_lease(url, line)), str(promote)))
+    return Findings(
+        tables=[
+            Table(
+                "A lease while everything around it grows: buffers touched",
+                ("in the database", "lease from", "lease of 1", "look for due jobs"),
+                rows,
+                "Nothing is analysed after the first line: the statistics are wrong by a factor of a thousand.",
+            )
+        ]
+    )
+
+
 def pinned(lab: Lab) -> Findings:
     """A lease while an old transaction keeps PostgreSQL from cleaning up, against the same without; then a peer."""
     seconds, slices = lab.plan.pinned_seconds, SLICES
@@ -287,7 +373,7 @@ def _pinned_row(name: str, without: tuple[float, float], held: tuple[float, floa
     return (name, number(without[0]), number(held[0]), ratio, number(without[1]), number(held[1]))
 
 
-def buffers_of_a_lease(url: str) -> int:
+def buffers_of_a_lease(url: str, line: Line = WHOLE) -> int:
     """Lease a job or two as the service does, then explain that statement, as its sessions would plan it."""
 
     async def run() -> int:
@@ -297,11 +383,11 @@ def buffers_of_a_lease(url: str) -> int:
         try:
             jobs, cursors = Jobs(database), Cursors()
             # The first lease learns where the line begins.
-            with cursors.claiming([Line(QUEUE)]) as look:
+            with cursors.claiming([line]) as look:
                 look.found(await jobs.lease(look.stretches, [Slot(uuid4(), None, None)]))
             async with database.hot.acquire() as connection:
                 connection.add_query_logger(seen.append)
-            await jobs.lease(cursors.ahead([Line(QUEUE)]), [Slot(uuid4(), None, None)])
+            await jobs.lease(cursors.ahead([line]), [Slot(uuid4(), None, None)])
             await asyncio.sleep(0)  # the logger is called soon
         finally:
             await database.close()

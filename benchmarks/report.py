@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib as mpl
+import msgspec
 import psutil
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
@@ -159,11 +160,21 @@ def _notes(sections: Sequence[Section]) -> list[str]:
     return [f"{row.what}: {row.note}" for section in sections for row in section.findings.rows if row.note]
 
 
-def write(sections: Sequence[Section], ground: Table, plan: Plan, *, quick: bool) -> Path:
-    """Write docs/benchmarks.md and its plots, and return the page's path."""
+def write(
+    measured: Sequence[Section], ground: Table, plan: Plan, order: Sequence[str], *, quick: bool
+) -> Path:
+    """Write docs/benchmarks.md, its plots and its figures, and return the page's path.
+
+    What was not measured this time stays as it was measured before, from the figures kept beside the plots.
+    """
     pictures = DOCS / "benchmarks"
+    kept = pictures / "figures.json"
+    before = msgspec.json.decode(kept.read_bytes(), type=list[Section]) if kept.exists() else []
+    known = {section.name: section for section in (*before, *measured)}
+    sections = [known[name] for name in order if name in known]
     shutil.rmtree(pictures, ignore_errors=True)
     pictures.mkdir(parents=True)
+    kept.write_bytes(msgspec.json.format(msgspec.json.encode(sections), indent=1) + b"\n")
     drawn = [plot for section in sections for plot in section.findings.plots]
     for plot in drawn:
         draw(plot, pictures / f"{plot.name}.svg")

@@ -1,8 +1,9 @@
 """How many jobs a second: enqueue, take and finish, in batches; by concurrency; and what else there is."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 
-from benchmarks.lab import Lab, Run, in_turn, rates
+from benchmarks.lab import Lab, Run, Service, in_turn, rates
 from benchmarks.results import Findings, Plot, Series, Table, at_least, number
 
 BATCH = 100
@@ -13,15 +14,17 @@ PGBOSS_TAKES_MAX = 4_000
 PGBOSS_TAKES_IN_BATCHES_MAX = 30_000
 TAKEN_IN_BATCHES_MAX = 60_000
 ENDLESS = 10**9
+TWO = {"QUEUE_PROCESSES": "2"}
+PROCESSES = {"leaseq": "one process", "leaseq, 2 processes": "two processes"}
 
 
 def enqueue(lab: Lab) -> Findings:
     """One job a request, durable, against pg-boss and against FastAPI without any database."""
     ours, theirs = lab.database("leaseq"), lab.pgboss()
-    with lab.leaseq(ours) as service, lab.echo() as echo:
+    with lab.leaseq(ours) as service, lab.leaseq(ours, **TWO) as pair, lab.echo() as echo:
 
-        def post() -> Run:
-            return lab.wrk(service, "enqueue", queue=lab.fresh(ours))
+        def post(to: Service) -> Run:
+            return lab.wrk(to, "enqueue", queue=lab.fresh(ours))
 
         def send() -> Run:
             lab.fresh_pgboss(theirs)
@@ -29,15 +32,23 @@ def enqueue(lab: Lab) -> Findings:
 
         runs = in_turn(
             lab,
-            {"leaseq": post, "pg-boss": send, "echo": lambda: lab.wrk(echo, "enqueue")},
+            {
+                "leaseq": lambda: post(service),
+                "pg-boss": send,
+                "leaseq, 2 processes": lambda: post(pair),
+                "echo": lambda: lab.wrk(echo, "enqueue"),
+            },
         )
-    what = "durable `POST /jobs`, one job a request, 64 connections"
-    posted = rates(runs["leaseq"])
-    return Findings(
-        rows=[
+    rows = []
+    for name, processes in PROCESSES.items():
+        what = f"durable `POST /jobs`, one job a request, 64 connections, {processes}"
+        posted = rates(runs[name])
+        rows += [
             at_least(5, what, posted, "pg-boss `send`, 64 at once", rates(runs["pg-boss"])),
             at_least(1.5, "the same", posted, "FastAPI + Pydantic echo, no database", rates(runs["echo"])),
-        ],
+        ]
+    return Findings(
+        rows=rows,
         tables=[_latencies(runs), _shares("enqueue", runs)],
     )
 
@@ -46,39 +57,35 @@ def work(lab: Lab) -> Findings:
     """Take and finish one by one: in two calls, and with ack and next in one, against pg-boss."""
     ours, theirs = lab.database("leaseq"), lab.pgboss()
     jobs = TAKEN_A_SECOND_MAX * (lab.plan.seconds + lab.plan.warmup_seconds)
-    with lab.leaseq(ours) as service:
+    with lab.leaseq(ours) as service, lab.leaseq(ours, **TWO) as pair:
 
         def take() -> Run:
             lab.fresh_pgboss(theirs, PGBOSS_TAKES_MAX * (lab.plan.seconds + lab.plan.warmup_seconds))
             return lab.peer_run("pgboss", theirs, "take")
 
+        def load(of: Service, mode: str) -> Callable[[], Run]:
+            return lambda: lab.wrk(of, mode, queue=lab.fresh(ours, jobs))
+
         runs = in_turn(
             lab,
             {
-                "lease, then ack": lambda: lab.wrk(service, "work", queue=lab.fresh(ours, jobs)),
+                "lease, then ack": load(service, "work"),
                 "pg-boss": take,
-                "ack and lease in one": lambda: lab.wrk(service, "settle", queue=lab.fresh(ours, jobs)),
+                "ack and lease in one": load(service, "settle"),
+                "lease, then ack, 2 processes": load(pair, "work"),
+                "ack and lease in one, 2 processes": load(pair, "settle"),
             },
         )
     theirs_rate = rates(runs["pg-boss"])
     against = "pg-boss `fetch` + `complete`, 64 at once"
+    rows = []
+    for suffix, processes in (("", PROCESSES["leaseq"]), (", 2 processes", PROCESSES["leaseq, 2 processes"])):
+        what = f"lease 1, then ack 1, two calls, 64 connections, {processes}"
+        rows.append(at_least(2, what, rates(runs["lease, then ack" + suffix]), against, theirs_rate))
+        what = f"ack and next in one call, 64 connections, {processes}"
+        rows.append(at_least(3, what, rates(runs["ack and lease in one" + suffix]), against, theirs_rate))
     return Findings(
-        rows=[
-            at_least(
-                2,
-                "lease 1, then ack 1, two calls, 64 connections",
-                rates(runs["lease, then ack"]),
-                against,
-                theirs_rate,
-            ),
-            at_least(
-                3,
-                "ack and next in one call, 64 connections",
-                rates(runs["ack and lease in one"]),
-                against,
-                theirs_rate,
-            ),
-        ],
+        rows=rows,
         tables=[_latencies(runs), _shares("work", runs)],
     )
 
@@ -113,6 +120,46 @@ def batch(lab: Lab) -> Findings:
             )
         ],
         tables=[_latencies(runs), _shares("batch", runs)],
+    )
+
+
+def prices(lab: Lab) -> Findings:
+    """What each layer adds to the price of a `POST /jobs`, in processor time."""
+    ours = lab.database("leaseq")
+    with ExitStack() as stack:
+        services = {name: stack.enter_context(lab.layers(name)) for name in ("uvicorn", "protocol", "front")}
+        services["leaseq"] = stack.enter_context(lab.leaseq(ours))
+        services["echo"] = stack.enter_context(lab.echo())
+
+        def load(service: Service) -> Callable[[], Run]:
+            return lambda: lab.wrk(service, "enqueue", queue=lab.fresh(ours))
+
+        runs = in_turn(lab, {name: load(service) for name, service in services.items()})
+
+    def microseconds(name: str, party: str) -> Series:
+        return Series.of(run.shares[party] * run.seconds / run.requests * 1e6 for run in runs[name])
+
+    price = {name: microseconds(name, name) for name in services}
+    rows = [("uvicorn with httptools and uvloop, raw ASGI", price["uvicorn"].text(), "")]
+    for layer, what in (
+        ("protocol", "our protocol: an answer in one write"),
+        ("front", "front, ids, metrics, decoding, checks, events, encoding: all but the database"),
+        ("leaseq", "group commit, asyncpg, hints, maintenance: the whole service"),
+    ):
+        before = {"protocol": "uvicorn", "front": "protocol", "leaseq": "front"}[layer]
+        rows.append((what, price[layer].text(), f"{price[layer].median - price[before].median:+.0f}"))
+    rows.append(("PostgreSQL, for the same requests", microseconds("leaseq", "PostgreSQL").text(), ""))
+    rows.append(("for comparison: FastAPI + Pydantic echo", price["echo"].text(), ""))
+    return Findings(
+        tables=[
+            Table(
+                "Price list of a `POST /jobs`, 64 connections, µs of processor time a request",
+                ("up to and with", "in all", "added"),
+                rows,
+                "Each line is a server of its own under the same load. Processor time is steadier than rates, but"
+                " still moves with the machine's caches and clock: read the differences, not the digits.",
+            )
+        ]
     )
 
 

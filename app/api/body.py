@@ -6,11 +6,12 @@ UTF-8, lone surrogates, depth.
 """
 
 import re
+from collections.abc import Mapping
 from itertools import accumulate
 from typing import TypeVar
 
 import msgspec
-from starlette.types import Message, Receive, Scope
+from starlette.types import Message, Receive
 
 from app.api.problems import RequestError
 from app.queue.errors import InvalidRequestError
@@ -33,26 +34,27 @@ _MESSAGE_LENGTH_MAX = 200
 T = TypeVar("T")
 
 
-async def read_body(scope: Scope, receive: Receive, bytes_max: int) -> bytes:
+async def read_body(headers: Mapping[bytes, bytes], receive: Receive, bytes_max: int) -> bytes:
     """Return the whole body. Raises RequestError when it is no JSON by its header, or too large (before reading it)."""
-    headers = dict(scope["headers"])
-    media_type = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
-    if media_type != b"application/json" and not media_type.endswith(b"+json"):
-        raise RequestError("unsupported_media_type", "Send the header Content-Type: application/json.")
+    content_type = headers.get(b"content-type", b"")
+    if content_type != b"application/json":
+        media_type = content_type.partition(b";")[0].strip().lower()
+        if media_type != b"application/json" and not media_type.endswith(b"+json"):
+            raise RequestError("unsupported_media_type", "Send the header Content-Type: application/json.")
     length = headers.get(b"content-length", b"")
     if length.isdigit() and int(length) > bytes_max:
         raise _too_large(bytes_max)
     body = bytearray()
-    more = True
-    while more:
+    while True:
         message: Message = await receive()
         if message["type"] == "http.disconnect":
             raise RequestError("bad_request", "The connection ended within the body.")
-        body += message.get("body", b"")
-        if len(body) > bytes_max:
+        part: bytes = message.get("body", b"")
+        if len(body) + len(part) > bytes_max:
             raise _too_large(bytes_max)
-        more = message.get("more_body", False)
-    return bytes(body)
+        if not message.get("more_body", False):
+            return bytes(body + part) if body else part
+        body += part
 
 
 def decode(decoder: "msgspec.json.Decoder[T]", body: bytes) -> T:

@@ -5,6 +5,7 @@ at a fraction of its price; everything else goes through that stack. The thin ro
 that it knows their paths, and answers 405 for them.
 """
 
+import itertools
 import re
 import time
 from collections.abc import Iterable, Mapping
@@ -23,6 +24,10 @@ from app.telemetry import Metrics
 
 # Index 0: the client was gone before its answer.
 _STATUS_CLASSES = ("none", "1xx", "2xx", "3xx", "4xx", "5xx")
+_PROCESS = uuid7().hex[:24]
+_NUMBERS = itertools.count()
+"""A request's own id is the process's and a number: as unique as a UUID, and made faster."""
+
 REQUEST_ID = re.compile("[A-Za-z0-9._-]{1,128}")
 
 
@@ -72,7 +77,6 @@ class Front:
             return
         request_id = _request_id(scope)
         scope.setdefault("state", {})["request_id"] = request_id
-        structlog.contextvars.clear_contextvars()
         structlog.contextvars.bind_contextvars(request_id=request_id)
         id_header = (b"x-request-id", request_id.encode())
         sent_status = 0
@@ -116,8 +120,12 @@ def _request_id(scope: Scope) -> str:
     for name, value in scope["headers"]:
         if name == b"x-request-id":
             given: str = value.decode("latin-1")
-            return given if REQUEST_ID.fullmatch(given) else uuid7().hex
-    return uuid7().hex
+            return given if REQUEST_ID.fullmatch(given) else _new_id()
+    return _new_id()
+
+
+def _new_id() -> str:
+    return f"{_PROCESS}{next(_NUMBERS):08x}"
 
 
 async def _send_problem(send: Send, problem: Problem, headers: Mapping[str, str] | None = None) -> None:

@@ -11,7 +11,7 @@ from app.api.thin import job_id_of, lease_id_of
 from app.engine.service import Said, Service, failed, released
 from app.queue.errors import InvalidRequestError, QueueError
 from app.queue.lifecycle import State
-from app.queue.model import Ack, Beat, Heartbeat, Word
+from app.queue.model import Ack, Beat, Done, Heartbeat, Job, Word
 
 _DECODER = msgspec.json.Decoder(Item)
 
@@ -58,7 +58,9 @@ class Settling:
         match item:
             case AckItem():
                 result = None if item.result is msgspec.UNSET else bytes(item.result)
-                return Ack(job_id, lease_id, result and bounded("result", result, self._payload_bytes_max))
+                if result is not None:
+                    bounded("result", result, self._payload_bytes_max)
+                return Ack(job_id, lease_id, result, shown=False)
             case FailItem():
                 return failed(job_id, lease_id, item.to_failure())
             case ReleaseItem():
@@ -80,5 +82,6 @@ def _result(request_id: str, job_id: str, answer: Said | QueueError) -> SettledI
             cancel_requested=answer.cancel_requested,
             directive="continue",
         )
-    run_at = None if answer.state is State.COMPLETED else getattr(answer, "run_at", None)
-    return SettledItem(job_id, 200, state=answer.state, run_at=run_at)
+    if isinstance(answer, Job | Done):
+        return SettledItem(job_id, 200, state=State.COMPLETED)
+    return SettledItem(job_id, 200, state=answer.state, run_at=answer.run_at)

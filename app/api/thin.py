@@ -5,26 +5,57 @@ Starlette route: read the body, decode it with msgspec, call the handler, send b
 from the same msgspec types that it decodes and encodes (see `openapi.py`); errors go through the same handlers.
 """
 
+import asyncio
+import re
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 from uuid import UUID
 
 import msgspec
-from starlette.requests import Request
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from app.api.body import decode, read_body
+from app.api.protocol import GONE
 from app.queue.errors import JobNotFoundError
 
 NO_LEASE = UUID(int=0)
 
+# One spelling of an id: what names a job by another names none.
+_CANONICAL = re.compile("[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
+
 _ENCODER = msgspec.json.Encoder()
 
 
-@dataclass(frozen=True, slots=True)
-class Reply:
+class Call:
+    """A request, as far as the handlers look at it."""
+
+    __slots__ = ("_scope", "headers")
+
+    def __init__(self, scope: Scope) -> None:
+        self._scope = scope
+        self.headers: dict[bytes, bytes] = dict(scope["headers"])
+
+    @property
+    def request_id(self) -> str:
+        """The id that the front gave it."""
+        request_id: str = self._scope["state"]["request_id"]
+        return request_id
+
+    @property
+    def gone(self) -> "asyncio.Future[object]":
+        """Done once the client has gone."""
+        gone: asyncio.Future[object] = self._scope[GONE]
+        return gone
+
+    @property
+    def job_id(self) -> UUID:
+        """The job that its path names. Raises JobNotFoundError."""
+        return job_id_of(self._scope["path_params"]["job_id"])
+
+
+class Reply(NamedTuple):
     """What a handler answers."""
 
     body: bytes
@@ -50,7 +81,7 @@ class Operation:
     problems: tuple[str, ...]
     """The codes of the problems that it may answer, beside those that any request may."""
     example: dict[str, Any]
-    handle: Callable[[Request, Any], Awaitable[Reply]]
+    handle: Callable[[Call, Any], Awaitable[Reply]]
     headers: tuple[str, ...] = ()
     """The request headers that it looks at."""
     takes_many: bool = False
@@ -64,13 +95,9 @@ def encode(value: object) -> bytes:
 
 def job_id_of(text: str) -> UUID:
     """Return the job id in a path. Raises JobNotFoundError for what is none: there can be no such job."""
-    try:
-        job_id = UUID(text)
-    except ValueError:
-        raise JobNotFoundError from None
-    if str(job_id) != text.lower():
+    if _CANONICAL.fullmatch(text) is None:
         raise JobNotFoundError
-    return job_id
+    return UUID(text)
 
 
 def lease_id_of(text: str) -> UUID:
@@ -92,8 +119,9 @@ class Endpoint:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
-        body = await read_body(scope, receive, self._body_bytes_max)
-        reply = await self._handle(Request(scope, receive, send), decode(self._decoder, body))
+        call = Call(scope)
+        body = await read_body(call.headers, receive, self._body_bytes_max)
+        reply = await self._handle(call, decode(self._decoder, body))
         await send(
             {
                 "type": "http.response.start",

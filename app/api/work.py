@@ -1,14 +1,8 @@
 """The producers' and workers' verbs: enqueue, lease, heartbeat, ack, fail, release. All thin routes."""
 
-import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from dataclasses import replace
 from http import HTTPStatus
-from uuid import UUID
 
 from msgspec import UNSET
-from starlette.requests import Request
 
 from app.api.schemas import (
     AckBody,
@@ -26,7 +20,7 @@ from app.api.schemas import (
     SettleReply,
 )
 from app.api.settling import Settling, bounded
-from app.api.thin import Operation, Reply, encode, job_id_of, lease_id_of
+from app.api.thin import Call, Operation, Reply, encode, lease_id_of
 from app.engine.service import Service
 from app.queue.errors import UnavailableError
 
@@ -46,27 +40,23 @@ class Work:
         self._settling = Settling(service, payload_bytes_max)
         self._payload_bytes_max = payload_bytes_max
 
-    async def enqueue(self, request: Request, body: EnqueueBody) -> Reply:
+    async def enqueue(self, call: Call, body: EnqueueBody) -> Reply:
         """Answer `POST /jobs`."""
-        wanted = body.to_request(request.headers.get("traceparent"))
+        traceparent = call.headers.get(b"traceparent")
+        wanted = body.to_request(None if traceparent is None else traceparent.decode("latin-1"))
         bounded("payload", wanted.payload, self._payload_bytes_max)
         job = await self._service.enqueue(wanted)
         location = (b"location", f"/jobs/{job.id}".encode())
         return Reply(encode(JobReply.of(job)), 201, (location,))
 
-    async def lease(self, request: Request, body: LeaseBody) -> Reply:
+    async def lease(self, call: Call, body: LeaseBody) -> Reply:
         """Answer `POST /lease`: first settle, then lease."""
         wanted = body.to_request()
-        settled = (
-            None
-            if body.settle is None
-            else await self._settling.settle(request.state.request_id, body.settle)
-        )
+        settled = None if body.settle is None else await self._settling.settle(call.request_id, body.settle)
         if settled is not None and any(item.status != HTTPStatus.OK for item in settled):
-            wanted = replace(wanted, wait_seconds=0)
+            wanted = wanted._replace(wait_seconds=0)
         try:
-            async with _disconnection(request) as gone:
-                leased = await self._service.lease(wanted, gone)
+            leased = await self._service.lease(wanted, call.gone)
         except UnavailableError as error:
             if settled is None:
                 raise
@@ -74,35 +64,31 @@ class Work:
             return Reply(encode(LeaseReply([], settled, error.retry_after_seconds)))
         return Reply(encode(LeaseReply([LeasedJobReply.of(job) for job in leased], settled)))
 
-    async def settle(self, request: Request, body: SettleBody) -> Reply:
+    async def settle(self, call: Call, body: SettleBody) -> Reply:
         """Answer `POST /settle`."""
-        return Reply(encode(SettleReply(await self._settling.settle(request.state.request_id, body.items))))
+        return Reply(encode(SettleReply(await self._settling.settle(call.request_id, body.items))))
 
-    async def heartbeat(self, request: Request, body: HeartbeatBody) -> Reply:
+    async def heartbeat(self, call: Call, body: HeartbeatBody) -> Reply:
         """Answer a job's `heartbeat`."""
-        beat = await self._service.heartbeat(
-            _job_id(request), lease_id_of(body.lease_id), body.extend_seconds
-        )
+        beat = await self._service.heartbeat(call.job_id, lease_id_of(body.lease_id), body.extend_seconds)
         return Reply(encode(HeartbeatReply(beat.lease_expires_at, beat.cancel_requested)))
 
-    async def ack(self, request: Request, body: AckBody) -> Reply:
+    async def ack(self, call: Call, body: AckBody) -> Reply:
         """Answer a job's `ack`."""
         result = (
             None if body.result is UNSET else bounded("result", bytes(body.result), self._payload_bytes_max)
         )
-        job = await self._service.ack(_job_id(request), lease_id_of(body.lease_id), result)
+        job = await self._service.ack(call.job_id, lease_id_of(body.lease_id), result)
         return Reply(encode(JobReply.of(job)))
 
-    async def fail(self, request: Request, body: FailBody) -> Reply:
+    async def fail(self, call: Call, body: FailBody) -> Reply:
         """Answer a job's `fail`."""
-        settled = await self._service.fail(_job_id(request), lease_id_of(body.lease_id), body.to_failure())
+        settled = await self._service.fail(call.job_id, lease_id_of(body.lease_id), body.to_failure())
         return Reply(encode(SettledReply(settled.state, settled.run_at)))
 
-    async def release(self, request: Request, body: ReleaseBody) -> Reply:
+    async def release(self, call: Call, body: ReleaseBody) -> Reply:
         """Answer a job's `release`."""
-        settled = await self._service.release(
-            _job_id(request), lease_id_of(body.lease_id), body.delay_seconds
-        )
+        settled = await self._service.release(call.job_id, lease_id_of(body.lease_id), body.delay_seconds)
         return Reply(encode(SettledReply(settled.state, settled.run_at)))
 
 
@@ -226,17 +212,3 @@ def operations(service: Service, payload_bytes_max: int) -> list[Operation]:
             handle=work.release,
         ),
     ]
-
-
-def _job_id(request: Request) -> UUID:
-    return job_id_of(request.path_params["job_id"])
-
-
-@asynccontextmanager
-async def _disconnection(request: Request) -> AsyncIterator["asyncio.Future[object]"]:
-    """Yield a future that is done once the client has gone. The body must have been read."""
-    watch: asyncio.Future[object] = asyncio.ensure_future(request.receive())
-    try:
-        yield watch
-    finally:
-        watch.cancel()

@@ -4,7 +4,7 @@ What a claim takes is handed out in the order in which its requests came, each u
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from uuid_utils.compat import uuid4
 
@@ -15,8 +15,7 @@ from app.store.jobs import Claim, Jobs, Line, Slot
 JOBS_PER_CLAIM = 1000
 
 
-@dataclass(frozen=True, slots=True)
-class LeaseRequest:
+class LeaseRequest(NamedTuple):
     """What a worker asks for; None where it named nothing."""
 
     queues: tuple[str, ...]

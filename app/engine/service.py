@@ -9,7 +9,6 @@ import random
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from functools import partial
 from typing import Any, TypeVar
 from uuid import UUID
 
@@ -37,6 +36,7 @@ from app.queue.model import (
     Ack,
     Attempt,
     Beat,
+    Done,
     Ending,
     Failure,
     Heartbeat,
@@ -59,6 +59,10 @@ from app.store.reads import Reads, WorkerSeen
 LOOKS_MAX = 10
 """How often a verb looks again for a job that others move at that moment, before it gives up for now."""
 
+LOOKS_AT_ONCE_MAX = 4
+"""How often a lease looks, without a pause, while others hold what is ready: most often they have taken it by then, and
+the next look sees what is behind."""
+
 CONTENDED_PAUSE_SECONDS = 0.02
 
 ALONE_MAX = 2
@@ -67,12 +71,12 @@ ALONE_MAX = 2
 BYTES_PER_WEIGHT = 16 * 1024
 """A batch of BATCH_MAX carries some 8 MB at most, but for one item that is larger by itself."""
 
-Said = Job | Verdict | Settled | Beat
+Said = Job | Done | Verdict | Settled | Beat
 """What comes of a worker's word: of an ack the job, of an ending its verdict (or the recorded answer), of a heartbeat
 the lease's new end."""
 
 T = TypeVar("T")
-Named = TypeVar("Named", Ack, Ending, Heartbeat)
+Answered = TypeVar("Answered", bound=Said)
 
 GIVE_BACK_SECONDS_MAX = 5.0
 
@@ -126,17 +130,14 @@ class Service:
         self._max_lease_waiters = max_lease_waiters
         self._draining = False
         self._owner = TaskOwner()
-        self._enqueues = Batcher(jobs.enqueue, weight=_weight, orphaned=self._enqueued)
+        self._enqueues = Batcher(self._store, weight=_weight)
         self._cursors = Cursors()
         self._claims = Claims(
             jobs, self._cursors, lambda claim: self._owner.spawn(self._give_back(claim.jobs))
         )
-        ack = partial(jobs.ack, wait=False)
-        conclude = partial(jobs.conclude, wait=False)
-        heartbeat = partial(jobs.heartbeat, wait=False)
-        self._acks = Batcher(_in_order(ack), weight=_weight, key=_job_id, orphaned=self._tell_one)
-        self._endings = Batcher(_in_order(conclude), key=_job_id, orphaned=self._tell_one)
-        self._heartbeats = Batcher(_in_order(heartbeat), key=_job_id)
+        self._acks = Batcher(self._grouped(jobs.ack), weight=_weight, key=_job_id)
+        self._endings = Batcher(self._grouped(jobs.conclude), key=_job_id)
+        self._heartbeats = Batcher(self._grouped(jobs.heartbeat), key=_job_id)
         self._alone = asyncio.Semaphore(ALONE_MAX)
         self.wakeups = Wakeups(database, jobs, self._cursors, poll_seconds)
         self.maintenance = Maintenance(jobs, self.wakeups, observer, keeping, maintenance_seconds)
@@ -162,9 +163,7 @@ class Service:
 
     async def enqueue(self, request: JobRequest) -> Job:
         """Store one job."""
-        job = await self._enqueues.submit(resolve(request, self._defaults, uuid7()))
-        self._enqueued(job)
-        return job
+        return await self._enqueues.submit(resolve(request, self._defaults, uuid7()))
 
     async def lease(self, wanted: LeaseRequest, gone: "asyncio.Future[object]") -> Sequence[LeasedJob]:
         """Take jobs, waiting for the first at most `wait_seconds`; an empty list when there is none.
@@ -180,8 +179,8 @@ class Service:
             raise UnavailableError(message, retry_after_seconds=5)
         loop = asyncio.get_running_loop()
         until = loop.time() + wanted.wait_seconds
+        looks = 0
         with self.wakeups.waiting(wanted.lines) as waiter:
-            gone.add_done_callback(lambda _: waiter.send_away())
             while not gone.done():
                 waiter.listen()
                 claim = await self._claim(wanted, gone)
@@ -190,6 +189,9 @@ class Service:
                 if claim.jobs:
                     waiter.looked(Line(job.queue, job.type) for job in claim.jobs)
                     return claim.jobs
+                looks += 1
+                if claim.contended and looks < LOOKS_AT_ONCE_MAX:
+                    continue
                 if self._draining or loop.time() >= until:
                     break
                 if claim.contended:
@@ -197,7 +199,7 @@ class Service:
                     await asyncio.sleep(CONTENDED_PAUSE_SECONDS * random.uniform(0.5, 1.5))
                     continue
                 waiter.looked(())
-                if not await waiter.called(until):
+                if not await waiter.called(until, gone):
                     break
         return []
 
@@ -230,10 +232,10 @@ class Service:
         answers: Mapping[UUID, Said]
         if len(words) > 1:
             answers = await self._jobs.settle(words)
+            self._tell(answers.values())
         else:
             answer = await self._settle_one(words[0])
             answers = {} if answer is None else {words[0].job_id: answer}
-        self._tell(answers.values())
         recalled = await self._recall([word for word in words if word.job_id not in answers])
         return [answers.get(word.job_id) or recalled[word.job_id] for word in words]
 
@@ -374,6 +376,7 @@ class Service:
             # The lease is gone, or in other hands at this moment: worth waiting for, but not for a whole group.
             async with self._alone:
                 answer = (await write([word])).get(word.job_id)
+            self._tell(() if answer is None else (answer,))
         return answer
 
     def _way_of(
@@ -393,24 +396,36 @@ class Service:
             raise answer
         return answer
 
-    def _enqueued(self, job: Job) -> None:
-        """Tell the observer of a stored job, and whoever waits for it."""
-        self._observer.on(JobEnqueued(job_id=job.id, queue=job.queue, type=job.type, state=job.state))
-        if job.state is State.READY:
-            self.wakeups.placed([Place(Line(job.queue, job.type), job.priority, job.created_at)])
-        else:
-            self.maintenance.expect((job.run_at - job.created_at).total_seconds())
+    async def _store(self, new: Sequence[NewJob]) -> list[Job]:
+        jobs = await self._jobs.enqueue(new)
+        places = []
+        for job in jobs:
+            self._observer.on(JobEnqueued(job_id=job.id, queue=job.queue, type=job.type, state=job.state))
+            if job.state is State.READY:
+                places.append(Place(Line(job.queue, job.type), job.priority, job.created_at))
+            else:
+                self.maintenance.expect((job.run_at - job.created_at).total_seconds())
+        self.wakeups.placed(places)
+        return jobs
 
-    def _tell_one(self, answer: Said | None) -> None:
-        if answer is not None:
-            self._tell([answer])
+    def _grouped(
+        self, write: Callable[..., Awaitable[Mapping[UUID, Answered]]]
+    ) -> Callable[[Sequence[Word]], Awaitable[list[Answered | None]]]:
+        """Let a verb write a group of words, and answer in their order; None for a lease that is lost, or held."""
+
+        async def flush(words: Sequence[Word]) -> list[Answered | None]:
+            answers = await write(words, wait=False)
+            self._tell(answers.values())
+            return [answers.get(word.job_id) for word in words]
+
+        return flush
 
     def _tell(self, answers: Iterable[Said]) -> None:
         """Tell the observer what came of words, and whoever waits what has become ready."""
         verdicts = []
         for answer in answers:
             match answer:
-                case Job():
+                case Job() | Done():
                     self._observer.on(_completed(answer))
                 case Verdict():
                     self._observer.on(attempt_ended(answer))
@@ -472,18 +487,6 @@ def _weight(item: NewJob | Ack) -> int:
     return 1 + len(carried) // BYTES_PER_WEIGHT
 
 
-def _in_order(
-    write: Callable[[Sequence[Named]], Awaitable[Mapping[UUID, T]]],
-) -> Callable[[Sequence[Named]], Awaitable[list[T | None]]]:
-    """Let a verb that answers by job id answer in the order of its items; None for a lease that is not to be had."""
-
-    async def flush(items: Sequence[Named]) -> list[T | None]:
-        answers = await write(items)
-        return [answers.get(item.job_id) for item in items]
-
-    return flush
-
-
 def failed(job_id: UUID, lease_id: UUID, failure: Failure) -> Ending:
     """Return the word that an attempt has failed."""
     return Ending(
@@ -518,7 +521,7 @@ def _settled(answer: Said) -> Settled:
     return answer
 
 
-def _completed(job: Job) -> JobCompleted:
+def _completed(job: Job | Done) -> JobCompleted:
     return JobCompleted(
         job_id=job.id,
         queue=job.queue,

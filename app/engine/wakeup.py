@@ -85,13 +85,23 @@ class Waiter:
         """The calls that somebody else should have."""
         return [line for line in (self._heeded, self.called_for) if line is not None]
 
-    async def called(self, until: float) -> bool:
-        """Wait for a call until the loop's time `until`. False when the time is up or the lease was sent away."""
+    async def called(self, until: float, gone: "asyncio.Future[object]") -> bool:
+        """Wait for a call until the loop's time `until`.
+
+        False when the time is up, when the lease was sent away, and when its client has `gone`.
+        """
+
+        def leave(_gone: "asyncio.Future[object]") -> None:
+            self.send_away()
+
+        gone.add_done_callback(leave)
         try:
             async with asyncio.timeout_at(until):
                 return await self._answer
         except TimeoutError:
             return False
+        finally:
+            gone.remove_done_callback(leave)
 
     def call(self, line: Line) -> None:
         """Tell it that a job is ready on `line`."""
@@ -204,9 +214,11 @@ class Wakeups(Component):
 
     def placed(self, places: Sequence[Place], *, old: bool = False) -> None:
         """Tell whoever waits, and the cursors, that jobs stand ready now; at `old` places the others' cursors too."""
+        ready: dict[Line, int] = {}
         for place in places:
             self._cursors.landed(place)
-        told = self.announce(Counter(place.line for place in places))
+            ready[place.line] = ready.get(place.line, 0) + 1
+        told = self.announce(ready)
         if old:
             places = [place for place in places if place.line in told]
             self._old_places += places[: OLD_PLACES_MAX + 1 - len(self._old_places)]

@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 from uuid import UUID
 
 import asyncpg
@@ -25,6 +25,7 @@ from app.queue.model import (
     BackoffStrategy,
     Beat,
     Decide,
+    Done,
     Ending,
     Heartbeat,
     Jitter,
@@ -57,11 +58,14 @@ LOOK_STRETCHES = 2000
 # Each of the two indexes of `ready` answers one question only, and a line is named as its index names it.
 _LINE = {True: "r.queue", False: "(r.queue || '/' || r.type)"}
 
+# What an ack returns: the job, or as much of it as events tell of.
+_WHOLE = "done.*, 'completed' AS state, NULL AS reason"
+_DONE = "id, queue, type, worker, attempt, started_at, finished_at"
+
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, slots=True)
-class Slot:
+class Slot(NamedTuple):
     """Room for one job in a claim: its lease's id, its length (None: as the job says), and whose it will be."""
 
     lease_id: UUID
@@ -69,8 +73,7 @@ class Slot:
     worker: str | None
 
 
-@dataclass(frozen=True, slots=True)
-class Claim:
+class Claim(NamedTuple):
     """What a lease statement took."""
 
     jobs: list[LeasedJob]
@@ -79,16 +82,14 @@ class Claim:
     claimed_at: datetime
 
 
-@dataclass(frozen=True, slots=True)
-class Line:
+class Line(NamedTuple):
     """A queue, or one type of it, that ready jobs stand in and leases wait at."""
 
     queue: str
     type: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
+class Place(NamedTuple):
     """Where a ready job stands: in its line, by its priority, then by the instant at which it became ready."""
 
     line: Line
@@ -96,8 +97,7 @@ class Place:
     since: datetime
 
 
-@dataclass(frozen=True, slots=True)
-class Stretch:
+class Stretch(NamedTuple):
     """A piece of a line to look for jobs in: one priority, from one instant to another, both included."""
 
     line: Line
@@ -168,7 +168,7 @@ class Jobs:
         found = {row["id"]: row for row in rows}
         # One that is missing among the others has been deleted since: it must not come back.
         stored = [(job, found.get(job.id, rows[0])) for job in new]
-        return [_stored_job(job, row["created_at"], row["run_at"]) for job, row in stored]
+        return [stored_job(job, row["created_at"], row["run_at"]) for job, row in stored]
 
     async def _insert(self, new: Sequence[NewJob]) -> list[Job]:
         rows = await self._database.fetch(
@@ -185,13 +185,11 @@ class Jobs:
             [job.max_retries for job in new],
             [_backoff_text(job.backoff) for job in new],
             [job.traceparent for job in new],
-            [json.dumps(job.tags) for job in new],
+            [json.dumps(job.tags) if job.tags else "[]" for job in new],
             [job.metadata for job in new],
             [job.payload for job in new],
         )
-        return [
-            _stored_job(job, row["created_at"], row["run_at"]) for job, row in zip(new, rows, strict=True)
-        ]
+        return [stored_job(job, row["created_at"], row["run_at"]) for job, row in zip(new, rows, strict=True)]
 
     async def lease(self, stretches: Sequence[Stretch], slots: Sequence[Slot]) -> Claim:
         """Take ready jobs in these stretches, all of whole queues or all of types; one a slot, the first the first.
@@ -251,7 +249,7 @@ class Jobs:
                 ]
         return found
 
-    async def ack(self, acks: Sequence[Ack], *, wait: bool = True) -> dict[UUID, Job]:
+    async def ack(self, acks: Sequence[Ack], *, wait: bool = True) -> dict[UUID, Job | Done]:
         """Finish jobs; return those whose lease still stood, by id.
 
         Here and below: without `wait`, a lease that others hold at that moment is passed over.
@@ -270,14 +268,14 @@ class Jobs:
         """Extend leases; return those that still stand, by job id."""
         return await self._keeping(lambda: self._heartbeat(self._database, heartbeats, wait=wait))
 
-    async def settle(self, words: Sequence[Word]) -> dict[UUID, Job | Verdict | Beat]:
+    async def settle(self, words: Sequence[Word]) -> dict[UUID, Job | Done | Verdict | Beat]:
         """Take all words in one transaction; return what each did whose lease still stood, by job id."""
         acks = [word for word in words if isinstance(word, Ack)]
         if len(acks) == len(words):
             return dict(await self.ack(acks))
 
-        async def work(transaction: Transaction) -> dict[UUID, Job | Verdict | Beat]:
-            done: dict[UUID, Job | Verdict | Beat] = {}
+        async def work(transaction: Transaction) -> dict[UUID, Job | Done | Verdict | Beat]:
+            done: dict[UUID, Job | Done | Verdict | Beat] = {}
             if acks:
                 done |= await self._ack(transaction, acks)
             if endings := [word for word in words if isinstance(word, Ending)]:
@@ -378,9 +376,10 @@ class Jobs:
 
     async def _ack(
         self, runner: Database | Transaction, acks: Sequence[Ack], *, wait: bool = True
-    ) -> dict[UUID, Job]:
+    ) -> dict[UUID, Job | Done]:
+        whole = any(ack.shown for ack in acks)
         # Batches lock their rows in one order, so that none waits for another in a circle.
-        ordered = sorted(acks, key=lambda ack: ack.job_id)
+        ordered = sorted(acks, key=lambda ack: ack.job_id.int)
         rows = await runner.fetch(
             "ack",
             self._clock(),
@@ -388,13 +387,15 @@ class Jobs:
             [ack.lease_id for ack in ordered],
             [ack.result for ack in ordered],
             or_pass=_or_pass(wait),
+            shown=_WHOLE if whole else _DONE,
         )
-        return {row["id"]: job_of(row) for row in rows}
+        made: Callable[[Any], Job | Done] = job_of if whole else _done
+        return {row["id"]: made(row) for row in rows}
 
     async def _heartbeat(
         self, runner: Database | Transaction, heartbeats: Sequence[Heartbeat], *, wait: bool = True
     ) -> dict[UUID, Beat]:
-        ordered = sorted(heartbeats, key=lambda heartbeat: heartbeat.job_id)
+        ordered = sorted(heartbeats, key=lambda heartbeat: heartbeat.job_id.int)
         rows = await runner.fetch(
             "heartbeat",
             self._clock(),
@@ -411,7 +412,7 @@ class Jobs:
     async def _conclude(
         self, transaction: Transaction, endings: Sequence[Ending], *, wait: bool = True
     ) -> dict[UUID, Verdict]:
-        ordered = sorted(endings, key=lambda ending: ending.job_id)
+        ordered = sorted(endings, key=lambda ending: ending.job_id.int)
         by_id = {ending.job_id: ending for ending in ordered}
         rows = await transaction.fetch(
             "lock_leases",
@@ -488,7 +489,7 @@ def job_of(row: Any) -> Job:
         backoff=_backoff(row["backoff"]),
         lease_seconds=row["lease_seconds"],
         timeout_seconds=row["timeout_seconds"],
-        tags=tuple(json.loads(row["tags"])),
+        tags=_tags(row["tags"]),
         metadata=row["metadata"],
         traceparent=row["traceparent"],
         created_at=row["created_at"],
@@ -503,7 +504,8 @@ def job_of(row: Any) -> Job:
     )
 
 
-def _stored_job(job: NewJob, created_at: datetime, run_at: datetime) -> Job:
+def stored_job(job: NewJob, created_at: datetime, run_at: datetime) -> Job:
+    """Return a new job as it stands right after it was stored."""
     return Job(
         id=job.id,
         queue=job.queue,
@@ -540,7 +542,7 @@ def _leased(row: asyncpg.Record) -> LeasedJob:
         ready_at=row["since"],
         created_at=row["created_at"],
         run_at=row["run_at"],
-        tags=tuple(json.loads(row["tags"])),
+        tags=_tags(row["tags"]),
         metadata=row["metadata"],
         traceparent=row["traceparent"],
         last_error=row["last_error"],
@@ -573,6 +575,14 @@ def _moved(rows: Sequence[asyncpg.Record]) -> Moved | None:
 
 def _error_text(error: WorkError) -> bytes:
     return json.dumps({name: value for name, value in asdict(error).items() if value is not None}).encode()
+
+
+def _done(row: asyncpg.Record) -> Done:
+    return Done(*row)
+
+
+def _tags(text: str) -> tuple[str, ...]:
+    return () if text == "[]" else tuple(json.loads(text))
 
 
 @lru_cache(maxsize=256)

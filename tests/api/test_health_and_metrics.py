@@ -186,7 +186,7 @@ async def test_health_shows_the_parts_the_backlog_and_the_last_word_of_each_work
     ]
     assert seen == [("first", 1, now - timedelta(seconds=280)), ("second", 1, now - timedelta(seconds=290))]
     assert (told["jobs"]["active"], told["jobs"]["waiting"]) == (2, 1)
-    assert told["oldest_ready_seconds"]["q"] >= 300
+    assert told["oldest_ready_seconds"]["q"] == 20
     assert told["maintenance_seconds_ago"] >= 300
 
 
@@ -388,7 +388,7 @@ async def test_a_scrape_reads_as_many_rows_with_ten_thousand_jobs_as_with_a_hund
     connection = await world.connect()
     await connection.execute("SET enable_seqscan = off")
     statements = list(asked)
-    assert len(statements) == 3
+    assert len(statements) == 2
 
     async def rows_read() -> list[int]:
         plans = [

@@ -11,6 +11,7 @@ from structlog.typing import EventDict
 from app.engine.maintenance import Maintenance
 from app.engine.running import Component, TaskOwner
 from app.engine.wakeup import Wakeups
+from app.telemetry import Showing
 from tests.conftest import Replica
 
 TASKS = 10
@@ -83,7 +84,7 @@ async def start_and_stop(component: Component, chance: random.Random) -> None:
 
 def test_every_component_of_the_service_is_tested_here() -> None:
     ours = {each for each in Component.__subclasses__() if each.__module__.startswith("app.")}
-    assert ours == {Wakeups, Maintenance}
+    assert ours == {Wakeups, Maintenance, Showing}
 
 
 @pytest.mark.parametrize(

@@ -134,17 +134,17 @@ async def test_who_listens_again_can_be_called_again():
     for _ in range(2):
         waiter.listen()
         assert room.call(Line("q", "a"), 1) == 1
-        assert await waiter.called(soon)
+        assert await waiter.called(soon, nobody_goes())
 
 
 async def test_call_before_the_waiting_is_not_missed_and_time_that_is_up_is_no_call():
     room = Room()
     waiter = room.enter([Line("q")])
     long_ago = asyncio.get_running_loop().time() - 1
-    assert not await waiter.called(long_ago)
+    assert not await waiter.called(long_ago, nobody_goes())
     waiter.listen()
     room.call(Line("q", "a"), 1)
-    assert await waiter.called(asyncio.get_running_loop().time() + 10)
+    assert await waiter.called(asyncio.get_running_loop().time() + 10, nobody_goes())
 
 
 async def test_room_that_everybody_has_left_is_empty_and_calls_nobody():
@@ -160,7 +160,9 @@ async def test_everybody_sent_away_stops_waiting_without_a_call():
     room = Room()
     waiters = [room.enter([Line("q")]) for _ in range(3)]
     room.send_all_away()
-    assert [await waiter.called(asyncio.get_running_loop().time() + 10) for waiter in waiters] == [False] * 3
+    assert [
+        await waiter.called(asyncio.get_running_loop().time() + 10, nobody_goes()) for waiter in waiters
+    ] == [False] * 3
     assert called(*waiters) == [False] * 3
 
 

@@ -61,7 +61,7 @@ def verb(queue: Replica, name: str, job: dict[str, Any], **fields: Any) -> "asyn
 
 async def leased(queue: Replica, count: int, **fields: Any) -> list[dict[str, Any]]:
     for _ in range(count):
-        await queue.enqueue(backoff={"jitter": "none"}, **fields)
+        await queue.enqueue(backoff={"jitter": "none", "initial_seconds": 600}, **fields)
     jobs = await queue.lease(max_jobs=count, lease_seconds=600)
     assert len(jobs) == count
     return jobs

@@ -308,7 +308,8 @@ class TestLease:
 
 class TestSettling:
     async def test_an_ack_looks_its_jobs_up(self, seeded: Seeded):
-        plan = await seeded.explain("ack", None, seeds("leases"), tokens(), [b"1"] * BATCH)
+        ack = statement("ack", "leaseq", shown="*")
+        plan = await seeded.explain_text(ack, None, seeds("leases"), tokens(), [b"1"] * BATCH)
         plan.assert_reads_only_what_it_takes(BATCH)
         assert plan.rows == (BATCH if seeded.ready else 0)
 

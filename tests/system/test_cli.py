@@ -191,6 +191,7 @@ async def test_revision_that_does_not_exist_is_told_in_one_sentence(world: World
 
 async def test_maintain_once_tells_how_many_rows_each_task_changed(world: World, processes: Processes):
     queue = await world.replica()
+    await queue.machine.service.maintenance.stop()
     await queue.enqueue()
     await queue.enqueue()
     await queue.enqueue("later", delay_seconds=0.001)
@@ -214,6 +215,7 @@ async def test_maintain_once_tells_how_many_rows_each_task_changed(world: World,
 
 async def test_maintain_goes_on_until_a_signal_ends_it(world: World, processes: Processes):
     queue = await world.replica()
+    await queue.machine.service.maintenance.stop()
     process = processes.start("maintain", DATABASE_URL=world.database_url, QUEUE_MAINTENANCE_SECONDS="0.05")
     for _ in range(2):
         await queue.enqueue(delay_seconds=0.01)

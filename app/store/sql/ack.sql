@@ -27,5 +27,5 @@ WITH lease AS MATERIALIZED (
   INSERT INTO {schema}.deltas (queue, active, completed)
   SELECT queue, -count(*), count(*) FROM lease GROUP BY queue
 )
-SELECT done.*, 'completed' AS state, NULL AS reason
+SELECT {shown}
   FROM done
