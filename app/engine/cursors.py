@@ -25,9 +25,9 @@ from datetime import datetime, timedelta
 from app.queue.model import PRIORITY_MAX, PRIORITY_MIN
 from app.store.jobs import BEGINNING, END, Claim, Line, Place, Stretch
 
-SLACK = timedelta(milliseconds=200)
+SLACK = timedelta(milliseconds=20)
 """A cursor stays this far behind what it has passed: jobs get their place in line when their statement begins, and
-are seen when it commits."""
+are seen when it commits. Who takes longer is told of: by this process at once, by others in their hints."""
 NEAR = timedelta(seconds=10)
 """A cursor is taken back by so much; a job that is farther behind is remembered by itself."""
 PLACES_MAX = 100

@@ -12,8 +12,9 @@ As many leases are called as there are jobs, the longest waiting first. Nothing 
 
 - A lease enters the room before it looks at the table, so a job either is seen or calls it.
 - A lease that leaves with a call it has not used (its client vanished, it found another job) hands the call on.
-- What calls nobody here is told to the other processes; what was called for here is not. Of a released job, which
-  keeps its old place in line, they are told the place: their cursors may have passed it.
+- What calls nobody here is told to the other processes; what was called for here is not. They are told the places too,
+  of each released job (it keeps its old place in line) and of the first among new ones: their cursors may have
+  passed them.
 - After the listening connection was lost, everybody is looked up once, since hints went by.
 
 Losing every hint costs up to `poll_seconds`, never a job.
@@ -189,6 +190,7 @@ class Wakeups(Component):
         self._room = Room()
         self._hints: dict[Line, int] = {}
         self._old_places: list[Place] = []
+        self._first_places: dict[tuple[Line, int], Place] = {}
         self._to_say = asyncio.Event()
         self._to_look = asyncio.Event()
         self._origin = uuid4().hex
@@ -219,9 +221,15 @@ class Wakeups(Component):
             self._cursors.landed(place)
             ready[place.line] = ready.get(place.line, 0) + 1
         told = self.announce(ready)
-        if old:
-            places = [place for place in places if place.line in told]
-            self._old_places += places[: OLD_PLACES_MAX + 1 - len(self._old_places)]
+        for place in places if told else ():
+            if place.line not in told:
+                pass
+            elif old:
+                if len(self._old_places) <= OLD_PLACES_MAX:
+                    self._old_places.append(place)
+            else:
+                where = place.line, place.priority
+                self._first_places[where] = min(place, self._first_places.get(where, place))
 
     def announce(self, ready: Mapping[Line, int]) -> set[Line]:
         """Call whoever waits, here first, for so many jobs on these lines; return of which the others will hear."""
@@ -270,7 +278,8 @@ class Wakeups(Component):
         tries = 0
         while True:
             try:
-                connection = await self._database.connect()
+                # A hint is no promise: its COMMIT need not wait for the disk.
+                connection = await self._database.connect(synchronous_commit="off")
                 try:
                     await connection.add_listener(self._channel, self._heard)
                     # A connection that ends has something to say too: sending it fails, at once.
@@ -298,30 +307,29 @@ class Wakeups(Component):
                 await connection.execute("SELECT 1")
                 continue
             self._to_say.clear()
-            message = self._message(self._hints, self._old_places)
+            message = self._message()
             said, self._hints = self._hints, {}
-            old_places, self._old_places = self._old_places, []
+            self._old_places, self._first_places = [], {}
             try:
                 await connection.execute("SELECT pg_notify($1, $2)", self._channel, message)
             except Exception:
-                # They are said again over the next connection: one too many costs a look.
+                # They are said again over the next connection: one too many costs a look. Of places, a sweep learns.
                 self._hints = {**said, **self._hints}
-                self._old_places = (old_places + self._old_places)[: OLD_PLACES_MAX + 1]
                 self._to_say.set()
                 raise
             await asyncio.sleep(HINT_PAUSE_SECONDS)
 
-    def _message(self, hints: Mapping[Line, int], old_places: Sequence[Place]) -> str:
+    def _message(self) -> str:
         said = {
             "from": self._origin,
-            "ready": [[line.queue, line.type, count] for line, count in hints.items()],
-            "old": [
+            "ready": [[line.queue, line.type, count] for line, count in self._hints.items()],
+            "places": [
                 [place.line.queue, place.line.type, place.priority, place.since.isoformat()]
-                for place in old_places
+                for place in (*self._old_places, *self._first_places.values())
             ],
         }
         message = json.dumps(said)
-        if len(old_places) <= OLD_PLACES_MAX and len(message) <= HINT_BYTES_MAX:
+        if len(self._old_places) <= OLD_PLACES_MAX and len(message) <= HINT_BYTES_MAX:
             return message
         return json.dumps({"from": self._origin, "look": True})
 
@@ -331,16 +339,16 @@ class Wakeups(Component):
             if said["from"] == self._origin:
                 return
             ready = [(Line(queue, type_), int(count)) for queue, type_, count in said.get("ready", ())]
-            old = [
+            places = [
                 Place(Line(queue, type_), int(priority), datetime.fromisoformat(since).astimezone(UTC))
-                for queue, type_, priority, since in said.get("old", ())
+                for queue, type_, priority, since in said.get("places", ())
             ]
         except (ValueError, TypeError, KeyError, AttributeError):
             log.warning("hint_not_understood")  # anybody in the database may send one
             return
         if said.get("look"):
             self._to_look.set()
-        for place in old:
+        for place in places:
             self._cursors.landed(place)
         for line, count in ready:
             self._room.call(line, count)
