@@ -4,6 +4,7 @@ import asyncio
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 from uuid import UUID, uuid4
@@ -287,7 +288,7 @@ def pinned(lab: Lab) -> Findings:
                     concurrency=TRAFFIC_CONCURRENCY,
                 )
             )
-            fill(url, 3)
+            asyncio.run(_enqueue(service.port, 3))
             return found, buffers_of_a_lease(url)
 
     def peer(*, pin: bool) -> list[tuple[float, float]]:
@@ -305,8 +306,13 @@ def pinned(lab: Lab) -> Findings:
             )
         return [(p50, p99) for p50, p99 in answer["slices"] if p50 is not None]
 
-    (without, buffers_without), theirs_without = traffic(pin=False), peer(pin=False)
-    (held, buffers_held), theirs_held = traffic(pin=True), peer(pin=True)
+    def both(*, pin: bool) -> tuple[list[tuple[float, float]], int, list[tuple[float, float]]]:
+        with ThreadPoolExecutor() as pool:
+            mine, theirs = pool.submit(traffic, pin=pin), pool.submit(peer, pin=pin)
+            return *mine.result(), theirs.result()
+
+    without, buffers_without, theirs_without = both(pin=False)
+    held, buffers_held, theirs_held = both(pin=True)
     ours, base = _end(held), _middle(without)
     what = f"lease after {seconds} s of traffic with a pinned xmin horizon, "
     step = seconds / slices
@@ -334,7 +340,7 @@ def pinned(lab: Lab) -> Findings:
                     _pinned_row("leaseq, over HTTP", base, ours),
                     _pinned_row("pg-boss, in-process", _middle(theirs_without), _end(theirs_held)),
                 ],
-                f"The end is the last fifth. Without runs for {seconds // WITHOUT_PART} s: it has no trend.",
+                f"Both at the same time, each at its steady pace. The end is the last fifth. Without runs for {seconds // WITHOUT_PART} s: it has no trend.",
             )
         ],
         plots=[
@@ -348,6 +354,13 @@ def pinned(lab: Lab) -> Findings:
             )
         ],
     )
+
+
+async def _enqueue(port: int, count: int) -> None:
+    client = await Client.connect(port)
+    for _ in range(count):
+        await client.enqueue(QUEUE)
+    client.close()
 
 
 @contextmanager

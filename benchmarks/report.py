@@ -47,13 +47,14 @@ METHOD = """\
   round between neighbours; the tables show the median and, in brackets, the least and the most.
 - **Clean starts.** Before each run the tables are emptied, filled with what the run needs, vacuumed and analysed, and
   a checkpoint is made, for leaseq and pg-boss alike. Each run warms up first.
-- **leaseq as it comes**: `python -m app serve`, one process, default settings, over HTTP with kept-alive connections
-  from [wrk](https://github.com/wg/wrk). **Peers in-process**, with their defaults and no HTTP in between.
+- **leaseq as it comes**: `python -m app serve`, one process (or two, where it says so), default settings, over HTTP with
+  kept-alive connections from [wrk](https://github.com/wg/wrk). **Peers in-process**, with their defaults and no HTTP in
+  between.
 - Every payload is `{"to":"a@example.com","n":1}`. A run in which any request fails, or which runs out of jobs, is void.
 - Buffers are those of `EXPLAIN (ANALYZE, BUFFERS)` of the very statement, planned under the service's session settings:
   they tell what latencies on a noisy machine may hide.
 - The horizon is pinned by an idle `REPEATABLE READ` transaction in the same database, while a fixed number of jobs a
-  second goes through its whole life, the same for leaseq and for the peer.
+  second goes through its whole life, the same for leaseq and, at the same time, for the peer.
 """
 
 
