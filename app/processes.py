@@ -34,6 +34,8 @@ PAUSE_SECONDS_MAX = 30.0
 STEADY_SECONDS = 60.0
 """Who has lived that long before it died begins with the shortest pause again."""
 BACKLOG = 2048
+POOL_SIZE_LEAST = 4
+"""With fewer connections, two words that wait for strangers' locks would leave none to the others."""
 STOPPED = {0, 128 + signal.SIGINT, 128 + signal.SIGTERM}
 """The exit codes of a process that was asked to end, be it amid its start."""
 MEMORY = Path("/dev/shm")  # noqa: S108  # what is made there has a random name and one owner
@@ -233,15 +235,15 @@ class _Crew:
 def _share(settings: Settings, number: int) -> Settings:
     """Return the settings of one process: its part of what is meant for all, and none of the parent's work."""
 
-    def part(total: int) -> int:
-        return max(1, total // settings.processes + (number <= total % settings.processes))
+    def part(total: int, least: int) -> int:
+        return max(least, total // settings.processes + (number <= total % settings.processes))
 
     return settings.model_copy(
         update={
             "processes": 1,
             "migrate": False,
-            "db_pool_size": part(settings.db_pool_size),
-            "max_lease_waiters": part(settings.max_lease_waiters),
+            "db_pool_size": part(settings.db_pool_size, POOL_SIZE_LEAST),
+            "max_lease_waiters": part(settings.max_lease_waiters, 1),
         }
     )
 

@@ -78,7 +78,7 @@ class Settings(BaseSettings):
         default=8,
         ge=1,
         le=200,
-        description="database connections for the verbs, shared out between the processes, at least 1 each",
+        description="database connections for the verbs, shared out between the processes, at least 4 each",
     )
     shutdown_seconds: Seconds = Field(default=25.0, description="how long requests may take to end at a stop")
     log_level: Literal["debug", "info", "warning", "error"] = Field(

@@ -54,7 +54,7 @@ METHOD = """\
 - Buffers are those of `EXPLAIN (ANALYZE, BUFFERS)` of the very statement, planned under the service's session settings:
   they tell what latencies on a noisy machine may hide.
 - The horizon is pinned by an idle `REPEATABLE READ` transaction in the same database, while a fixed number of jobs a
-  second goes through its whole life, the same for leaseq and, at the same time, for the peer.
+  second goes through its whole life, the same for leaseq and, after it, for the peer.
 """
 
 

@@ -1,5 +1,6 @@
 """What operators and monitors ask: jobs, counts, health, metrics. FastAPI's own routes."""
 
+import asyncio
 import base64
 import hashlib
 from datetime import UTC, datetime
@@ -215,7 +216,9 @@ def router(service: Service, metrics: Metrics) -> APIRouter:  # noqa: C901  # a 
     )
     async def show_metrics() -> Response:
         await _read_gauges(service, metrics)
-        return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
+        # Hundreds of queues make a page that takes a while to write.
+        page = await asyncio.to_thread(generate_latest, metrics.registry)
+        return Response(page, media_type=CONTENT_TYPE_LATEST)
 
     return routes
 

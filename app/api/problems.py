@@ -92,11 +92,6 @@ def problem_of(request_id: str, error: QueueError) -> Problem:
             return problem(request_id, error.code, str(error))
 
 
-def internal(request_id: str) -> Problem:
-    """Make the problem for what should not have happened."""
-    return problem(request_id, "internal_error", "Something went wrong here; the log has the request id.")
-
-
 def headers_of(error: QueueError) -> dict[str, str]:
     """Return the headers that go with `error`."""
     match error:

@@ -13,7 +13,7 @@ GONE = "leaseq.gone"
 
 
 class Joined:
-    """A transport that holds an answer's head until its body comes.
+    """A transport for one answer: it holds the answer's head until its body comes.
 
     uvicorn writes them apart: two system calls, and two packets for the client to read.
     """
@@ -21,29 +21,28 @@ class Joined:
     def __init__(self, transport: Any) -> None:
         self._transport = transport
         self._held = b""
+        self._begun = False
 
     def write(self, data: bytes) -> None:
-        """Write `data`, with what is held before it."""
+        """Write `data`, with the head if that is held."""
         if self._held:
             held, self._held = self._held, b""
             self._transport.write(held + data)
-        elif CHUNKED in data:  # a stream: what comes next may be long in coming
+        elif self._begun or CHUNKED in data:  # of a stream, the next part may be long in coming
             self._transport.write(data)
         else:
             self._held = data
+        self._begun = True
 
     def close(self) -> None:
         """Close the connection when all is written."""
-        self._flush()
+        if self._held:
+            held, self._held = self._held, b""
+            self._transport.write(held)
         self._transport.close()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._transport, name)
-
-    def _flush(self) -> None:
-        if self._held:
-            held, self._held = self._held, b""
-            self._transport.write(held)
 
 
 class Protocol(HttpToolsProtocol):
@@ -52,7 +51,6 @@ class Protocol(HttpToolsProtocol):
     def connection_made(self, transport: Any) -> None:
         """Take a connection."""
         super().connection_made(transport)
-        self._joined: Any = Joined(transport)
         self._gone: asyncio.Future[None] = self.loop.create_future()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -65,8 +63,16 @@ class Protocol(HttpToolsProtocol):
         """Take a request. Its task runs in a later turn of the loop."""
         super().on_headers_complete()
         self.scope[GONE] = self._gone  # type: ignore[literal-required]  # a server may add keys of its own
-        if self.cycle is not None:
-            self.cycle.transport = self._joined
+        # To a HEAD no body is written, and "100 Continue" must not wait for one.
+        if self.cycle is not None and self.scope["method"] != "HEAD" and not self.expect_100_continue:
+            cycle: Any = self.cycle
+            cycle.transport = Joined(self.transport)
+
+    def on_message_complete(self) -> None:
+        """Go on reading after a large body too: else nobody would notice when the client goes."""
+        super().on_message_complete()
+        if not self.pipeline:
+            self.flow.resume_reading()
 
     def send_400_response(self, msg: str) -> None:
         """Refuse what is no request, and close the connection."""

@@ -255,7 +255,7 @@ class HeartbeatItem(HeartbeatBody, tag_field="outcome", tag="heartbeat", kw_only
 
 
 Item = AckItem | FailItem | ReleaseItem | HeartbeatItem
-Items = Annotated[list[Raw], Meta(min_length=1, max_length=SETTLE_MAX, description="each job named once")]
+Items = Annotated[list[Raw], Meta(max_length=SETTLE_MAX, description="each job named once")]
 """Decoded one by one: a bad item fails alone."""
 
 

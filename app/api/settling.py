@@ -23,6 +23,14 @@ def bounded(field: str, value: bytes, bytes_max: int) -> bytes:
     return value
 
 
+class _Named(msgspec.Struct):
+    job_id: str = ""
+
+
+_NAMED = msgspec.json.Decoder(_Named)
+NAME_SHOWN_MAX = 100
+
+
 class Settling:
     """Answers lists of items."""
 
@@ -30,23 +38,26 @@ class Settling:
         self._service = service
         self._payload_bytes_max = payload_bytes_max
 
-    async def settle(self, request_id: str, items: Sequence[msgspec.Raw]) -> list[SettledItem]:
-        """Take all items; return what came of each, in order. Raises InvalidRequestError when two name one job."""
+    async def settle(
+        self, request_id: str, items: Sequence[msgspec.Raw], field: str = "items"
+    ) -> list[SettledItem]:
+        """Take all items; return what came of each, in order. Raises InvalidRequestError when two name one job.
+
+        `field` is where the items stand in the body.
+        """
         words: list[Word] = []
         read: list[tuple[str, Word | QueueError]] = []
         for raw in items:
-            job_id = ""
             try:
                 item = validated(_DECODER, bytes(raw))
-                job_id = item.job_id
                 word = self._word(item)
             except QueueError as error:
-                read.append((job_id, error))
+                read.append((_name_in(raw), error))
             else:
                 words.append(word)
-                read.append((job_id, word))
+                read.append((item.job_id, word))
         if len({word.job_id for word in words}) < len(words):
-            raise InvalidRequestError("items", "must name each job once")
+            raise InvalidRequestError(field, "must name each job once")
         answers = iter(await self._service.settle(words)) if words else iter(())
         return [
             _result(request_id, job_id, each if isinstance(each, QueueError) else next(answers))
@@ -67,6 +78,14 @@ class Settling:
                 return released(job_id, lease_id, item.delay_seconds)
             case HeartbeatItem():
                 return Heartbeat(job_id, lease_id, item.extend_seconds)
+
+
+def _name_in(raw: msgspec.Raw) -> str:
+    """Return the job that a refused item names, as far as that can be read."""
+    try:
+        return _NAMED.decode(bytes(raw)).job_id[:NAME_SHOWN_MAX]
+    except msgspec.MsgspecError:
+        return ""
 
 
 def _result(request_id: str, job_id: str, answer: Said | QueueError) -> SettledItem:

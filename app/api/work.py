@@ -4,6 +4,7 @@ from http import HTTPStatus
 
 from msgspec import UNSET
 
+from app.api import problems
 from app.api.schemas import (
     AckBody,
     EnqueueBody,
@@ -52,16 +53,23 @@ class Work:
     async def lease(self, call: Call, body: LeaseBody) -> Reply:
         """Answer `POST /lease`: first settle, then lease."""
         wanted = body.to_request()
-        settled = None if body.settle is None else await self._settling.settle(call.request_id, body.settle)
+        settled = None
+        if body.settle:
+            settled = await self._settling.settle(call.request_id, body.settle, "settle")
         if settled is not None and any(item.status != HTTPStatus.OK for item in settled):
             wanted = wanted._replace(wait_seconds=0)
         try:
             leased = await self._service.lease(wanted, call.gone)
-        except UnavailableError as error:
+        except Exception as error:
             if settled is None:
                 raise
             # What is settled is committed: the worker must learn of it.
-            return Reply(encode(LeaseReply([], settled, error.retry_after_seconds)))
+            again = 1
+            if isinstance(error, UnavailableError):
+                again = error.retry_after_seconds
+            else:
+                problems.unexpected(call.request_id, "/lease", error)
+            return Reply(encode(LeaseReply([], settled, again)))
         return Reply(encode(LeaseReply([LeasedJobReply.of(job) for job in leased], settled)))
 
     async def settle(self, call: Call, body: SettleBody) -> Reply:

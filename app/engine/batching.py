@@ -12,6 +12,8 @@ size, and gets its answer after the COMMIT. Its submitter may go away meanwhile:
 import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable, Hashable, Sequence
+from contextvars import Context, copy_context
+from dataclasses import dataclass
 from itertools import chain
 from typing import Generic, TypeVar
 
@@ -19,6 +21,7 @@ from app.queue.errors import UnavailableError
 
 BATCH_MAX = 500
 LINE_MAX = 20_000
+"""How much may be in line, by the weight of its items."""
 
 FLUSHES_MAX = 2
 STUCK_SECONDS = 0.5
@@ -30,12 +33,22 @@ Answer = TypeVar("Answer")
 Flush = Callable[[Sequence[Item]], Awaitable[Sequence[Answer]]]
 
 
+@dataclass(frozen=True, slots=True)
+class Waiting(Generic[Item, Answer]):
+    """An item in line, who waits for its answer, and the context in which it is spoken of."""
+
+    item: Item
+    answer: "asyncio.Future[Answer]"
+    context: Context
+
+
 class Batcher(Generic[Item, Answer]):
     """Joins single items into batches, one batch at a time but where one is stuck.
 
     `flush` writes a batch, commits, and returns an answer an item, in order. When it fails with an error that is not
     a matter of time, the batch is halved until the bad item is alone, so that it spoils nothing for its neighbours.
-    `weight` is an item's share of a batch; two items with the same `key` never share one.
+    `weight` is an item's share of a batch; two items with the same `key` never share one. `told` hears of each answer,
+    in the context of who submitted the item; it must not raise.
     """
 
     def __init__(
@@ -44,25 +57,29 @@ class Batcher(Generic[Item, Answer]):
         *,
         weight: Callable[[Item], int] = lambda _: 1,
         key: Callable[[Item], Hashable] | None = None,
+        told: Callable[[Answer], None] = lambda _: None,
         orphaned: Callable[[Answer], None] = lambda _: None,
         batch_max: int = BATCH_MAX,
     ) -> None:
         self._flush = flush
         self._weight = weight
         self._key = key
+        self._told = told
         self._orphaned = orphaned
         self._batch_max = batch_max
-        self._line: deque[tuple[Item, asyncio.Future[Answer]]] = deque()
+        self._line: deque[Waiting[Item, Answer]] = deque()
+        self._line_weight = 0
         self._flushing: set[asyncio.Task[None]] = set()
         self._next: asyncio.Task[None] | None = None
         """Of those that flush, the one that takes the next batch; None while all are stuck, and at rest."""
 
     async def submit(self, item: Item) -> Answer:
         """Write `item` with whatever else is in line; return its answer. Raises what its flush raises."""
-        if len(self._line) >= LINE_MAX:
+        if self._line_weight >= LINE_MAX:
             raise UnavailableError("Too many requests are in line already; come back a little later.")
         answer: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
-        self._line.append((item, answer))
+        self._line.append(Waiting(item, answer, copy_context()))
+        self._line_weight += self._weight(item)
         self._begin()
         try:
             return await answer
@@ -84,7 +101,8 @@ class Batcher(Generic[Item, Answer]):
 
     def _begin(self) -> None:
         if self._line and self._next is None and len(self._flushing) < FLUSHES_MAX:
-            self._next = asyncio.create_task(self._flush_all())
+            # In a context of nobody: it works for all of them, and for those to come.
+            self._next = asyncio.create_task(self._flush_all(), context=Context())
             self._flushing.add(self._next)
 
     def _stuck(self) -> None:
@@ -94,7 +112,7 @@ class Batcher(Generic[Item, Answer]):
     async def _flush_all(self) -> None:
         task = asyncio.current_task()
         assert task is not None  # noqa: S101  # a coroutine that runs has a task
-        batch: list[tuple[Item, asyncio.Future[Answer]]] = []
+        batch: list[Waiting[Item, Answer]] = []
         try:
             while self._line and self._next in (task, None):
                 self._next = task
@@ -109,54 +127,56 @@ class Batcher(Generic[Item, Answer]):
             if self._next is task:
                 self._next = None
             # Only when this task is cut off is there anybody without an answer.
-            for _, answer in batch:
+            for waiting in batch:
                 _refuse(
-                    answer,
+                    waiting.answer,
                     UnavailableError("The service was cut off. Whether anything has changed is not known."),
                 )
             self._begin()
 
-    def _next_batch(self) -> list[tuple[Item, asyncio.Future[Answer]]]:
-        batch: list[tuple[Item, asyncio.Future[Answer]]] = []
+    def _next_batch(self) -> list[Waiting[Item, Answer]]:
+        batch: list[Waiting[Item, Answer]] = []
         keys: set[Hashable] = set()
-        later: list[tuple[Item, asyncio.Future[Answer]]] = []
+        later: list[Waiting[Item, Answer]] = []
         weight = 0
-        while self._line and (not batch or weight + self._weight(self._line[0][0]) <= self._batch_max):
-            item, answer = self._line.popleft()
+        while self._line and (not batch or weight + self._weight(self._line[0].item) <= self._batch_max):
+            waiting = self._line.popleft()
             if self._key is not None:
-                key = self._key(item)
+                key = self._key(waiting.item)
                 if key in keys:
-                    later.append((item, answer))
+                    later.append(waiting)
                     continue
                 keys.add(key)
-            batch.append((item, answer))
-            weight += self._weight(item)
+            batch.append(waiting)
+            weight += self._weight(waiting.item)
         self._line.extendleft(reversed(later))
+        self._line_weight -= weight
         return batch
 
-    async def _write(self, batch: list[tuple[Item, asyncio.Future[Answer]]]) -> None:
+    async def _write(self, batch: list[Waiting[Item, Answer]]) -> None:
         parts = deque([batch])
         while parts:
             part = parts.popleft()
             try:
-                answers = await self._flush([item for item, _ in part])
+                answers = await self._flush([waiting.item for waiting in part])
             except UnavailableError as error:
                 # Not now, for the other parts too: trying each would only keep the line waiting.
-                for _, future in chain(part, *parts):
-                    _refuse(future, UnavailableError(str(error), error.retry_after_seconds))
+                for waiting in chain(part, *parts):
+                    _refuse(waiting.answer, UnavailableError(str(error), error.retry_after_seconds))
                 return
             except Exception as error:  # noqa: BLE001  # handed to the one who waits for it
                 if len(part) == 1:
-                    _refuse(part[0][1], error)
+                    _refuse(part[0].answer, error)
                 else:
                     half = len(part) // 2
                     parts.extendleft([part[half:], part[:half]])
             else:
-                for (_, future), answer in zip(part, answers, strict=True):
-                    if future.done():
+                for waiting, answer in zip(part, answers, strict=True):
+                    waiting.context.run(self._told, answer)
+                    if waiting.answer.done():
                         self._orphaned(answer)
                     else:
-                        future.set_result(answer)
+                        waiting.answer.set_result(answer)
 
 
 def _refuse(future: "asyncio.Future[Answer]", error: Exception) -> None:

@@ -6,6 +6,7 @@ cursor at each priority: the claim begins there.
 
 A cursor is only ever a shortcut. What lands behind one is not lost:
 
+- A claim passes over what others hold at that moment, and its cursor stays at the first such job.
 - A job that this process has put behind a cursor (a released job keeps its place in line; a commit was slow) takes
   the cursor back, or is remembered as a place of its own when it is far behind.
 - Other processes tell of such places in their hints.
@@ -15,6 +16,7 @@ A cursor is only ever a shortcut. What lands behind one is not lost:
 Nothing in here is kept anywhere else: a new process begins at the front.
 """
 
+import itertools
 import time
 from collections import OrderedDict
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -49,7 +51,12 @@ class _Cursor:
     def move_on(self, to: datetime, passed: datetime) -> None:
         self.at = max(self.at, to)
         if self.behind:
-            self.behind = {place for place in self.behind if place > passed}
+            # Of two jobs with one place, one may be left.
+            self.behind = {place for place in self.behind if place >= passed}
+
+    def reset(self, to: datetime) -> None:
+        self.at = to
+        self.behind = {place for place in self.behind if place < to}
 
     def take_back(self, to: datetime) -> None:
         if to >= self.at:
@@ -74,20 +81,22 @@ class Cursors:
 
     def __init__(self) -> None:
         self._lines: OrderedDict[Line, _Cursors] = OrderedDict()
-        self._claiming = 0
-        self._landed: list[Place] = []
+        self._under_way: list[Look] = []
         self._sweeps = 0
 
     @contextmanager
     def claiming(self, lines: Collection[Line]) -> Iterator["Look"]:
         """Yield where a claim at `lines` is to look; it tells what it has found."""
-        self._claiming += 1
+        look = Look(self, lines, self.ahead(lines), [])
+        self._under_way.append(look)
         try:
-            yield Look(self, lines, self.ahead(lines), len(self._landed))
+            yield look
+        except BaseException:
+            # What it held is free again, and other claims have passed it over meanwhile.
+            self._take_back_to(look.stretches)
+            raise
         finally:
-            self._claiming -= 1
-            if not self._claiming:
-                self._landed.clear()
+            self._under_way = [each for each in self._under_way if each is not look]
 
     def ahead(self, lines: Iterable[Line]) -> list[Stretch]:
         """Return the stretches of these lines in which ready jobs stand, by all that is known here."""
@@ -104,16 +113,22 @@ class Cursors:
 
     def landed(self, place: Place) -> None:
         """Note that a job stands ready at `place`."""
-        if self._claiming:
-            self._landed.append(place)
+        for look in self._under_way:
+            if place.line in look.lines or Line(place.line.queue) in look.lines:
+                look.landed.append(place)
         self._take_back(place)
 
-    def behind(self) -> list[Stretch]:
-        """Return where the next sweep is to look for jobs: the last minute behind each cursor, and one older window."""
+    def behind(self, *, everything: bool = False) -> list[Stretch]:
+        """Return where the next sweep is to look for jobs: the last minute behind each cursor, and one older window.
+
+        Or behind them in all windows.
+        """
         self._forget()
         self._sweeps += 1
         older = 1 + self._sweeps % (len(_AGES) - 1)
         windows = [(timedelta(0), _AGES[0]), (_AGES[older - 1], _AGES[older])]
+        if everything:
+            windows = [(timedelta(0), _AGES[0]), *itertools.pairwise(_AGES)]
         return [
             Stretch(line, priority, max(BEGINNING, _before(cursor.at, far)), _before(cursor.at, near))
             for line, cursors in self._lines.items()
@@ -122,20 +137,29 @@ class Cursors:
             if _before(cursor.at, near) > BEGINNING
         ]
 
-    def move_on(self, lines: Collection[Line], claim: Claim, landed_before: int) -> None:
-        """Move past what a claim at `lines` has taken; past everything, when it took all it saw."""
+    def move_on(self, lines: Collection[Line], claim: Claim, landed: Iterable[Place]) -> None:
+        """Move past what a claim at `lines` has taken; past everything, when it took all it saw.
+
+        What `landed` while the claim ran may be behind what it took, and it did not see it.
+        """
         if claim.contended and not claim.jobs:
             return
         now = claim.claimed_at - SLACK
         last = claim.jobs[-1] if claim.jobs else None
         for line in lines:
             for priority, cursor in self._used(line).by_priority.items():
+                if (
+                    cursor.at - now > NEAR
+                ):  # the database's clock has gone back, and with it the places of new jobs
+                    cursor.reset(now)
                 if not claim.contended or last is None or priority > last.priority:
                     cursor.move_on(now, END)
                 elif priority == last.priority:
                     cursor.move_on(last.ready_at - SLACK, last.ready_at)
-        # What landed while the claim ran may be behind what it took, and it did not see it.
-        for place in self._landed[landed_before:]:
+            # What others hold may come back.
+            for priority, since in claim.passed:
+                self._used(line).by_priority[priority].take_back(since)
+        for place in landed:
             self._take_back(place)
 
     def _take_back(self, place: Place) -> None:
@@ -145,6 +169,17 @@ class Cursors:
                 cursor = cursors.by_priority.get(place.priority)
                 if cursor is not None:  # a hint may say anything
                     cursor.take_back(place.since)
+
+    def _take_back_to(self, stretches: Iterable[Stretch]) -> None:
+        begins: dict[tuple[str, int], datetime] = {}
+        for stretch in stretches:
+            where = stretch.line.queue, stretch.priority
+            begins[where] = min(stretch.since, begins.get(where, stretch.since))
+        for line, cursors in self._lines.items():
+            for priority, cursor in cursors.by_priority.items():
+                begin = begins.get((line.queue, priority))
+                if begin is not None and begin < cursor.at:
+                    cursor.reset(begin)
 
     def _used(self, line: Line) -> _Cursors:
         cursors = self._lines.get(line)
@@ -170,11 +205,12 @@ class Look:
     cursors: Cursors
     lines: Collection[Line]
     stretches: Sequence[Stretch]
-    landed_before: int
+    landed: list[Place]
+    """What became ready on these lines since it began."""
 
     def found(self, claim: Claim) -> None:
         """Note what the claim has taken."""
-        self.cursors.move_on(self.lines, claim, self.landed_before)
+        self.cursors.move_on(self.lines, claim, self.landed)
 
 
 def _before(instant: datetime, age: timedelta) -> datetime:

@@ -54,8 +54,8 @@ class Claims:
         try:
             return await batcher.submit(wanted)
         finally:
-            if batcher.idle:
-                self._batchers.pop(kind, None)
+            if batcher.idle and self._batchers.get(kind) is batcher:
+                del self._batchers[kind]
 
     async def drained(self) -> None:
         """Wait until everything in line has been taken, also for those who have gone."""

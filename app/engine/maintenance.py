@@ -8,14 +8,13 @@ import asyncio
 import math
 import random
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
 from app.engine.running import Component
 from app.engine.wakeup import Wakeups
-from app.queue.errors import UnavailableError
 from app.queue.events import AttemptEnded, JobPromoted, MaintenanceFailed, MaintenanceRan, Observer
 from app.queue.lifecycle import State
 from app.queue.model import Verdict
@@ -127,6 +126,7 @@ class Maintenance(Component):
             )
             for verdict in verdicts:
                 self._observer.on(attempt_ended(verdict))
+            self.delayed(verdicts)
             return len(verdicts)
 
         ended = await _while_full(step, BATCH)
@@ -163,7 +163,7 @@ class Maintenance(Component):
             return folded
 
         folded = await _while_full(step, FOLD_BATCH)
-        self._folded_to = last or self._folded_to
+        self._folded_to = max(last or 0, self._folded_to)
         self._folding.looked(since, datetime.now(UTC), at_all=folded < FOLD_BATCH * STEPS_PER_ROUND)
         return folded
 
@@ -182,10 +182,16 @@ class Maintenance(Component):
 
     def expect(self, due_seconds: float) -> None:
         """Note that a delayed job is due in so many seconds: it is promoted then, not a round later."""
-        due_at = asyncio.get_running_loop().time() + due_seconds
+        due_at = asyncio.get_running_loop().time() + max(due_seconds, PROMOTE_PAUSE_SECONDS)
         if due_at < self._promoting_at:
             self._promoting_at = due_at
             self._sooner.set()
+
+    def delayed(self, verdicts: Iterable[Verdict]) -> None:
+        """Expect the jobs that the verdicts have delayed."""
+        for verdict in verdicts:
+            if verdict.run_at is not None and verdict.state in {State.SCHEDULED, State.RETRY}:
+                self.expect((verdict.run_at - verdict.decided_at).total_seconds())
 
     async def _run(self) -> None:
         async with asyncio.TaskGroup() as tasks:
@@ -212,14 +218,16 @@ class Maintenance(Component):
                         await self._sooner.wait()
             try:
                 await self.promote()
-            except UnavailableError as error:
+            except Exception as error:  # noqa: BLE001  # as in a round: the rest must go on
                 self._observer.on(MaintenanceFailed(task="promote", error=repr(error)))
+                await asyncio.sleep(self._every_seconds)
 
     async def _next_due_seconds(self) -> float:
         """Return when to look next: jobs that other processes have delayed tell nobody."""
         try:
             due = await self._jobs.next_due_seconds(self._promoting.since())
-        except UnavailableError:
+        except Exception as error:  # noqa: BLE001  # as in a round
+            self._observer.on(MaintenanceFailed(task="promote", error=repr(error)))
             due = None
         soonest = self._every_seconds if due is None else min(due, self._every_seconds)
         return max(soonest, PROMOTE_PAUSE_SECONDS)

@@ -6,7 +6,8 @@ Methods raise the errors of `app.queue.errors`; UnavailableError of all of them.
 
 import asyncio
 import random
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, TypeVar
@@ -65,6 +66,7 @@ the next look sees what is behind."""
 
 CONTENDED_PAUSE_SECONDS = 0.02
 
+ALONE_WAIT_SECONDS = 5.0
 ALONE_MAX = 2
 """How many words may wait at once, each with a connection, for leases that others hold at that moment."""
 
@@ -130,13 +132,13 @@ class Service:
         self._max_lease_waiters = max_lease_waiters
         self._draining = False
         self._owner = TaskOwner()
-        self._enqueues = Batcher(self._store, weight=_weight)
+        self._enqueues = Batcher(self._store, weight=_weight, told=self._stored)
         self._cursors = Cursors()
         self._claims = Claims(
             jobs, self._cursors, lambda claim: self._owner.spawn(self._give_back(claim.jobs))
         )
-        self._acks = Batcher(self._grouped(jobs.ack), weight=_weight, key=_job_id)
-        self._endings = Batcher(self._grouped(jobs.conclude), key=_job_id)
+        self._acks = Batcher(self._grouped(jobs.ack), weight=_weight, key=_job_id, told=self._note)
+        self._endings = Batcher(self._grouped(jobs.conclude), key=_job_id, told=self._note)
         self._heartbeats = Batcher(self._grouped(jobs.heartbeat), key=_job_id)
         self._alone = asyncio.Semaphore(ALONE_MAX)
         self.wakeups = Wakeups(database, jobs, self._cursors, poll_seconds)
@@ -372,12 +374,27 @@ class Service:
     async def _settle_one(self, word: Word) -> Said | None:
         batcher, write = self._way_of(word)
         answer: Said | None = await batcher.submit(word)
-        if answer is None:
-            # The lease is gone, or in other hands at this moment: worth waiting for, but not for a whole group.
-            async with self._alone:
+        if answer is None and await self._jobs.stands(word.job_id, word.lease_id):
+            # In other hands at this moment: worth waiting for, but not for a whole group.
+            async with self._turn_alone():
                 answer = (await write([word])).get(word.job_id)
-            self._tell(() if answer is None else (answer,))
+            if answer is not None:
+                self._note(answer)
+                self._wake([answer])
         return answer
+
+    @asynccontextmanager
+    async def _turn_alone(self) -> AsyncIterator[None]:
+        try:
+            async with asyncio.timeout(ALONE_WAIT_SECONDS):
+                await self._alone.acquire()
+        except TimeoutError:
+            message = "Others hold this job's lease, and more of that kind are in line; try later."
+            raise UnavailableError(message) from None
+        try:
+            yield
+        finally:
+            self._alone.release()
 
     def _way_of(
         self, word: Word
@@ -400,13 +417,15 @@ class Service:
         jobs = await self._jobs.enqueue(new)
         places = []
         for job in jobs:
-            self._observer.on(JobEnqueued(job_id=job.id, queue=job.queue, type=job.type, state=job.state))
             if job.state is State.READY:
                 places.append(Place(Line(job.queue, job.type), job.priority, job.created_at))
             else:
                 self.maintenance.expect((job.run_at - job.created_at).total_seconds())
         self.wakeups.placed(places)
         return jobs
+
+    def _stored(self, job: Job) -> None:
+        self._observer.on(JobEnqueued(job_id=job.id, queue=job.queue, type=job.type, state=job.state))
 
     def _grouped(
         self, write: Callable[..., Awaitable[Mapping[UUID, Answered]]]
@@ -415,32 +434,44 @@ class Service:
 
         async def flush(words: Sequence[Word]) -> list[Answered | None]:
             answers = await write(words, wait=False)
-            self._tell(answers.values())
+            self._wake(answers.values())
             return [answers.get(word.job_id) for word in words]
 
         return flush
 
-    def _tell(self, answers: Iterable[Said]) -> None:
-        """Tell the observer what came of words, and whoever waits what has become ready."""
-        verdicts = []
+    def _tell(self, answers: Collection[Said]) -> None:
         for answer in answers:
-            match answer:
-                case Job() | Done():
-                    self._observer.on(_completed(answer))
-                case Verdict():
-                    self._observer.on(attempt_ended(answer))
-                    verdicts.append(answer)
-                case _:
-                    pass
-        self.wakeups.placed(ready_places(verdicts), old=True)
-        for verdict in verdicts:
-            if verdict.run_at is not None and verdict.state in {State.SCHEDULED, State.RETRY}:
-                self.maintenance.expect((verdict.run_at - verdict.decided_at).total_seconds())
+            self._note(answer)
+        self._wake(answers)
+
+    def _note(self, answer: Said | None) -> None:
+        """Tell the observer what came of a word."""
+        match answer:
+            case Job() | Done():
+                self._observer.on(_completed(answer))
+            case Verdict():
+                self._observer.on(attempt_ended(answer))
+            case _:
+                pass
+
+    def _wake(self, answers: Iterable[Said]) -> None:
+        """Call whoever waits for what has become ready, and expect what will."""
+        verdicts = [answer for answer in answers if isinstance(answer, Verdict)]
+        if verdicts:
+            self.wakeups.placed(ready_places(verdicts), old=True)
+            self.maintenance.delayed(verdicts)
 
     async def _recall(self, words: Sequence[Word]) -> dict[UUID, Settled | QueueError]:
         """Return the recorded answers to words whose leases do not stand, or why there is none."""
         if not words:
             return {}
+        try:
+            return await self._looked_up(words)
+        except UnavailableError as error:
+            # Other words of the same call are settled, and must be answered.
+            return {word.job_id: error for word in words}
+
+    async def _looked_up(self, words: Sequence[Word]) -> dict[UUID, Settled | QueueError]:
         ending = {word.job_id: word.lease_id for word in words if _verb(word) is not None}
         recorded = await self._jobs.recorded(ending) if ending else {}
         recalled: dict[UUID, Settled | QueueError] = {}
@@ -448,6 +479,9 @@ class Service:
             record = recorded.get(word.job_id)
             if record is not None and record.verb is not None and record.verb is _verb(word):
                 recalled[word.job_id] = record.settled
+                if record.settled.state is State.READY:
+                    # Perhaps it was this very call whose COMMIT got lost, and nobody has been called.
+                    self.wakeups.look_soon()
         lost = [word.job_id for word in words if word.job_id not in recalled]
         states = await self._reads.states(lost) if lost else {}
         for job_id in lost:
@@ -482,7 +516,10 @@ def _job_id(item: Ack | Ending | Heartbeat) -> UUID:
 
 
 def _weight(item: NewJob | Ack) -> int:
-    """Return an item's share of a batch: what it carries counts, so that a batch's size is bounded in bytes too."""
+    """Return an item's share of a batch, and of a line: what it carries counts, so that both are bounded in bytes too.
+
+    Endings need none: what an error says is cut at 20 KiB.
+    """
     carried = item.payload if isinstance(item, NewJob) else item.result or b""
     return 1 + len(carried) // BYTES_PER_WEIGHT
 

@@ -44,8 +44,11 @@ HINT_PAUSE_SECONDS = 0.01
 HINT_BYTES_MAX = 7000
 """PostgreSQL refuses a NOTIFY of 8,000 bytes; what does not fit asks the others to look for themselves."""
 
-OLD_PLACES_MAX = 50
-"""Beyond so many places of released jobs in one hint, the others are asked to look for themselves."""
+PLACES_TOLD_MAX = 50
+"""Beyond so many places in one hint, the others are asked to look for themselves."""
+LINES_TOLD_MAX = 1000
+
+LOOK_PAUSE_SECONDS = 0.05
 
 CALLED_MAX = 1000
 """A look calls so many at each priority of a line; those who are left over are called by the next."""
@@ -191,6 +194,7 @@ class Wakeups(Component):
         self._hints: dict[Line, int] = {}
         self._old_places: list[Place] = []
         self._first_places: dict[tuple[Line, int], Place] = {}
+        self._others_look = False
         self._to_say = asyncio.Event()
         self._to_look = asyncio.Event()
         self._origin = uuid4().hex
@@ -207,7 +211,9 @@ class Wakeups(Component):
         finally:
             self._room.leave(waiter)
             for line in waiter.unused:
-                self.announce({line: 1})
+                if self.announce({line: 1}):
+                    # A call knows its line, not the place of the job: the others must look for it.
+                    self._others_look = True
 
     @property
     def waiters(self) -> int:
@@ -221,12 +227,11 @@ class Wakeups(Component):
             self._cursors.landed(place)
             ready[place.line] = ready.get(place.line, 0) + 1
         told = self.announce(ready)
-        for place in places if told else ():
-            if place.line not in told:
-                pass
+        for place in [place for place in places if place.line in told]:
+            if len(self._old_places) + len(self._first_places) > PLACES_TOLD_MAX:
+                self._others_look = True
             elif old:
-                if len(self._old_places) <= OLD_PLACES_MAX:
-                    self._old_places.append(place)
+                self._old_places.append(place)
             else:
                 where = place.line, place.priority
                 self._first_places[where] = min(place, self._first_places.get(where, place))
@@ -237,18 +242,28 @@ class Wakeups(Component):
         for line, count in ready.items():
             left = count - self._room.call(line, count)
             if left > 0:
-                self._hints[line] = self._hints.get(line, 0) + left
-                self._to_say.set()
                 told.add(line)
+                self._to_say.set()
+                if len(self._hints) < LINES_TOLD_MAX or line in self._hints:
+                    self._hints[line] = self._hints.get(line, 0) + left
+                else:
+                    self._others_look = True
         return told
 
     def send_all_away(self) -> None:
         """Answer all waiting leases now, without a job."""
         self._room.send_all_away()
 
-    async def look(self) -> None:
-        """Look for ready jobs that nobody was called for, and call. Raises UnavailableError."""
-        behind = self._cursors.behind()
+    def look_soon(self) -> None:
+        """Look for ready jobs, also far behind the cursors, before the next poll."""
+        self._to_look.set()
+
+    async def look(self, *, everywhere: bool = False) -> None:
+        """Look for ready jobs that nobody was called for, and call; `everywhere`: far behind the cursors too.
+
+        Raises UnavailableError.
+        """
+        behind = self._cursors.behind(everything=everywhere)
         for place in await self._jobs.look(behind, [PLACES_MAX] * len(behind)):
             self._cursors.landed(place)
         waiting = self._room.waiting()
@@ -267,11 +282,14 @@ class Wakeups(Component):
             with suppress(TimeoutError):
                 async with asyncio.timeout(self._poll_seconds * random.uniform(0.8, 1.2)):
                     await self._to_look.wait()
+            everywhere = self._to_look.is_set()
             self._to_look.clear()
             try:
-                await self.look()
+                await self.look(everywhere=everywhere)
             except UnavailableError as error:
                 log.warning("poll_failed", error=str(error))
+            # Hints may ask for look after look.
+            await asyncio.sleep(LOOK_PAUSE_SECONDS)
 
     async def _stay_connected(self) -> None:
         """Listen, and send hints. Whatever goes wrong here is tried again: the poll stands behind it."""
@@ -309,12 +327,13 @@ class Wakeups(Component):
             self._to_say.clear()
             message = self._message()
             said, self._hints = self._hints, {}
-            self._old_places, self._first_places = [], {}
+            self._old_places, self._first_places, self._others_look = [], {}, False
             try:
                 await connection.execute("SELECT pg_notify($1, $2)", self._channel, message)
             except Exception:
-                # They are said again over the next connection: one too many costs a look. Of places, a sweep learns.
+                # They are said again over the next connection: one too many costs a look.
                 self._hints = {**said, **self._hints}
+                self._others_look = True
                 self._to_say.set()
                 raise
             await asyncio.sleep(HINT_PAUSE_SECONDS)
@@ -329,7 +348,7 @@ class Wakeups(Component):
             ],
         }
         message = json.dumps(said)
-        if len(self._old_places) <= OLD_PLACES_MAX and len(message) <= HINT_BYTES_MAX:
+        if not self._others_look and len(message) <= HINT_BYTES_MAX:
             return message
         return json.dumps({"from": self._origin, "look": True})
 

@@ -80,6 +80,8 @@ class Claim(NamedTuple):
     contended: bool
     """More is ready than it took, or was when it looked: who got nothing should look again."""
     claimed_at: datetime
+    passed: Sequence[tuple[int, datetime]] = ()
+    """The priority, and the instant since when it is ready, of the first job at each priority seen but not taken."""
 
 
 class Line(NamedTuple):
@@ -223,7 +225,8 @@ class Jobs:
             seen: int = rows[0]["seen"]
             if leased or seen < len(slots) + slack:
                 break  # it took some, or saw all there is
-        return Claim(leased, contended=seen > len(leased), claimed_at=rows[0]["now"])
+        passed = list(zip(rows[0]["passed_priorities"], rows[0]["passed_since"], strict=True))
+        return Claim(leased, contended=seen > len(leased), claimed_at=rows[0]["now"], passed=passed)
 
     async def look(self, stretches: Sequence[Stretch], most: Sequence[int]) -> list[Place]:
         """Return the first ready jobs of these stretches, as many of each as `most` says, on the lines asked for."""
@@ -298,6 +301,10 @@ class Jobs:
             return verdicts, rows[0]["now"]
 
         return await self._keeping(lambda: self._database.transact(work))
+
+    async def stands(self, job_id: UUID, lease_id: UUID) -> bool:
+        """Whether the lease stands, in whoever's hands it is at this moment."""
+        return bool(await self._database.fetch("stands", job_id, lease_id))
 
     async def recorded(self, leases: Mapping[UUID, UUID]) -> dict[UUID, Recorded]:
         """Return how the attempts under these leases (by job id) ended; those that have not are left out."""

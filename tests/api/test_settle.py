@@ -4,6 +4,7 @@ import asyncio
 from typing import Any
 
 import pytest
+from uuid_utils.compat import uuid7
 
 from tests.conftest import Replica, World
 
@@ -70,6 +71,7 @@ async def test_a_bad_item_fails_alone(queue: Replica, spoil: dict[str, Any], sta
     good, bad = await leased(queue, 2)
     first, second = await settle(queue, item(bad) | spoil, item(good))
     assert (first["status"], first["error"]["code"]) == (status, code)
+    assert first["job_id"] == (bad | {"job_id": bad["id"]} | spoil)["job_id"]
     assert second["status"] == 200
     assert (await queue.job(bad["id"]))["state"] == "active"
     assert (await queue.job(good["id"]))["state"] == "completed"
@@ -93,8 +95,9 @@ async def test_a_job_may_be_named_once(queue: Replica):
 
 
 async def test_a_thousand_items_are_the_most(queue: Replica):
-    [job] = await leased(queue, 1)
-    answer = await queue.http.post("/settle", json={"items": [item(job)] * 1001})
+    items = [item({"id": str(uuid7()), "lease_id": "x"}) for _ in range(1001)]
+    assert [each["status"] for each in await settle(queue, *items[:1000])] == [404] * 1000
+    answer = await queue.http.post("/settle", json={"items": items})
     assert answer.status_code == 422
 
 

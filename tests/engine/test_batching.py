@@ -1,5 +1,6 @@
 import asyncio
 from collections.abc import Sequence
+from contextvars import ContextVar
 
 import pytest
 
@@ -158,8 +159,34 @@ async def test_a_wrong_number_of_answers_leaves_nobody_waiting():
         return []
 
     batcher = Batcher(write)
-    failures: list[object] = []
-    asyncio.get_running_loop().set_exception_handler(lambda _, context: failures.append(context["message"]))
     answers = await asyncio.gather(*(batcher.submit(item) for item in range(3)), return_exceptions=True)
     assert {type(answer) for answer in answers} == {UnavailableError}
     assert batcher.idle
+
+
+async def test_each_answer_is_told_in_the_context_of_who_asked():
+    name: ContextVar[str] = ContextVar("name")
+    told: list[tuple[int, str]] = []
+    pen = Pen()
+    batcher = Batcher(pen.write, told=lambda answer: told.append((answer, name.get())))
+
+    async def submit(item: int) -> None:
+        name.set(f"request {item}")
+        await batcher.submit(item)
+
+    await asyncio.gather(*(asyncio.create_task(submit(item)) for item in (1, 2, 3)))
+    assert told == [(10, "request 1"), (20, "request 2"), (30, "request 3")]
+
+
+async def test_a_line_is_bounded_by_what_its_items_weigh(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(batching, "LINE_MAX", 100)
+    pen = Pen()
+    batcher = Batcher(pen.write, weight=lambda item: item, batch_max=1)
+    pen.may_write.clear()
+    waiting = [asyncio.create_task(batcher.submit(item)) for item in (1, 60, 60)]
+    await asyncio.sleep(0)
+    with pytest.raises(UnavailableError):
+        await batcher.submit(1)
+    pen.may_write.set()
+    assert await asyncio.gather(*waiting) == [10, 600, 600]
+    assert await batcher.submit(1) == 10

@@ -109,7 +109,7 @@ class TestLanding:
         for hours in (1, 2):
             cursors.landed(place(ago(hours=hours)))
         assert begins(cursors) == [NOW - SLACK, ago(hours=2), ago(hours=1)]
-        learn(cursors, job(ago(hours=2)), more=True)
+        learn(cursors, job(ago(hours=1.5)), more=True)
         assert begins(cursors) == [NOW - SLACK, ago(hours=1)]
         learn(cursors, more=False)
         assert begins(cursors) == [NOW - SLACK]
@@ -135,6 +135,38 @@ class TestLanding:
             learn(cursors, job(ago(hours=2)), more=False)
         assert begins(cursors) == [NOW - SLACK]
 
+    def test_a_claim_remembers_only_what_lands_on_its_own_lines(self):
+        """Two busy kinds of lease always have a claim under way: what is kept must end with each."""
+        cursors = Cursors()
+        with cursors.claiming([LINE]) as mine, cursors.claiming([Line("other")]) as other:
+            cursors.landed(place(NOW))
+            assert (len(mine.landed), other.landed) == (1, [])
+
+    def test_of_two_jobs_at_one_place_the_second_is_still_remembered(self):
+        cursors = Cursors()
+        learn(cursors, more=False)
+        cursors.landed(place(ago(hours=1)))
+        learn(cursors, job(ago(hours=1)), more=True)
+        assert begins(cursors) == [NOW - SLACK, ago(hours=1)]
+
+    def test_a_claim_that_fails_takes_back_the_cursors_of_those_that_have_passed_it(self):
+        cursors = Cursors()
+
+        def fail() -> None:
+            with cursors.claiming([TYPED]):
+                learn(cursors, more=False)
+                raise ValueError("gone")
+
+        with pytest.raises(ValueError, match="gone"):
+            fail()
+        assert begins(cursors) == [BEGINNING]
+
+    def test_a_clock_that_has_gone_back_takes_the_cursors_with_it(self):
+        cursors = Cursors()
+        learn(cursors, more=False)
+        learn(cursors, more=False, at=ago(hours=2))
+        assert begins(cursors) == [ago(hours=2) - SLACK]
+
 
 class TestSweeping:
     def test_looks_at_the_last_minute_each_time_and_at_all_that_is_older_in_turn(self):
@@ -148,6 +180,15 @@ class TestSweeping:
         edges = sorted(windows)
         assert edges[0][0] == BEGINNING
         assert [until for _, until in edges[:-1]] == [since for since, _ in edges[1:]]
+
+    def test_looks_in_all_windows_when_told_to(self):
+        cursors = Cursors()
+        learn(cursors, more=False)
+        sweep = sorted(
+            (each.since, each.until) for each in cursors.behind(everything=True) if each.priority == 5
+        )
+        assert (sweep[0][0], sweep[-1][1]) == (BEGINNING, NOW - SLACK)
+        assert [until for _, until in sweep[:-1]] == [since for since, _ in sweep[1:]]
 
     def test_of_lines_that_nobody_asks_for_any_more_nothing_is_kept(self, monkeypatch: pytest.MonkeyPatch):
         cursors = Cursors()
@@ -222,6 +263,23 @@ async def test_a_release_during_a_claim_that_passes_its_place_is_not_lost(world:
         assert (await queue.verb("release", old)).status_code == 200
     assert [job["id"] for job in await claiming] == [fresh["id"]]
     assert [job["id"] for job in await queue.lease(wait_seconds=0)] == [old["id"]]
+
+
+async def test_a_new_job_whose_commit_was_slow_is_told_to_the_cursors_of_others(world: World):
+    """The poll is a minute away: without its place in the hint, the lease would look behind it in vain."""
+    one, two = await idle_replica(world), await idle_replica(world)
+    async with holding(world, "LOCK TABLE deltas IN SHARE MODE"):
+        storing = asyncio.create_task(one.enqueue())
+        await world.blocked(1)
+        await asyncio.sleep(2 * SLACK.total_seconds())
+        two.machine.service._cursors.move_on(
+            [LINE], Claim([], contended=False, claimed_at=datetime.now(UTC)), []
+        )
+        leasing = asyncio.create_task(two.lease(wait_seconds=30))
+        while not two.machine.service.wakeups.waiters:
+            await asyncio.sleep(0.002)
+    job = await storing
+    assert [leased["id"] for leased in await leasing] == [job["id"]]
 
 
 async def test_jobs_are_leased_when_the_databases_clock_has_gone_back(queue: Replica):

@@ -394,3 +394,27 @@ async def test_a_job_that_another_process_has_delayed_is_ready_on_time(world: Wo
     await one.machine.service.maintenance.stop()
     job = await one.enqueue(delay_seconds=0.2)
     assert [leased["id"] for leased in await two.lease(wait_seconds=30)] == [job["id"]]
+
+
+async def test_a_promotion_that_fails_leaves_the_other_tasks_their_turns(world: World):
+    queue = await world.replica(maintenance_seconds=0.05)
+    connection = await world.connect()
+    await connection.execute("ALTER TABLE scheduled RENAME TO away")
+    try:
+        before = len(queue.events.of(MaintenanceRan))
+        await queue.events.wait_for(MaintenanceFailed, 5)
+        await queue.events.wait_for(MaintenanceRan, before + 20)
+        assert {event.task for event in queue.events.of(MaintenanceFailed)} == {"promote"}
+    finally:
+        await connection.execute("ALTER TABLE away RENAME TO scheduled")
+
+
+async def test_a_retry_of_an_expired_lease_is_ready_when_its_backoff_is_over(world: World):
+    queue = await world.replica()
+    await queue.events.wait_for(MaintenanceRan, len(TASKS))
+    job = await queue.enqueue(backoff={"strategy": "fixed", "initial_seconds": 0.05, "jitter": "none"})
+    await queue.lease_one(lease_seconds=0.5)
+    connection = await world.connect()
+    await connection.execute("UPDATE leases SET expires_at = now()")
+    await queue.machine.service.maintenance.reap()
+    assert [leased["id"] for leased in await queue.lease(wait_seconds=30)] == [job["id"]]

@@ -15,7 +15,7 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from app.processes import _share
+from app.processes import POOL_SIZE_LEAST, _share
 from tests.conftest import World
 from tests.system.conftest import (
     PATIENCE_SECONDS,
@@ -249,13 +249,19 @@ async def test_without_the_setting_there_is_one_process(world: World, processes:
     assert "process_cpu_seconds_total" in await scraped(service.http)
 
 
-@pytest.mark.parametrize(("total", "shares"), [(8, [3, 3, 2]), (9, [3, 3, 3]), (1, [1, 1, 1])])
+@pytest.mark.parametrize(("total", "shares"), [(14, [5, 5, 4]), (15, [5, 5, 5])])
 def test_what_is_meant_for_all_is_shared_out(total: int, shares: list[int], world: World):
     settings = world.settings(processes=3, db_pool_size=total, max_lease_waiters=total)
     parts = [_share(settings, number) for number in (1, 2, 3)]
     assert [part.db_pool_size for part in parts] == shares
     assert [part.max_lease_waiters for part in parts] == shares
     assert {part.processes for part in parts} == {1}
+
+
+def test_no_process_has_less_than_it_needs(world: World):
+    settings = world.settings(processes=3, db_pool_size=1, max_lease_waiters=1)
+    parts = [_share(settings, number) for number in (1, 2, 3)]
+    assert [(part.db_pool_size, part.max_lease_waiters) for part in parts] == [(POOL_SIZE_LEAST, 1)] * 3
 
 
 def shared_directory(service: Service) -> Path:

@@ -7,7 +7,8 @@
 -- limit: what is not handed out is not kept from other claims (but for what no reply has room for, until the
 -- COMMIT). Rows of `ready` are never updated, so their ctid stays theirs for the length of this statement.
 -- A reply stops before $11 bytes of payload, though never before its first job.
--- There is always one row: `seen` tells an empty line from a line that others hold at this moment.
+-- There is always one row: `seen` tells an empty line from a line that others hold at this moment, and `passed_…` where
+-- the first job stands, at each priority, that was seen and not taken.
 WITH candidate AS MATERIALIZED (
   SELECT head.tid, level.priority, head.since
     FROM generate_series(10, 0, -1) AS level(priority)
@@ -35,6 +36,11 @@ WITH candidate AS MATERIALIZED (
            WHERE r.ctid = ordered.tid
              FOR UPDATE SKIP LOCKED) AS mine
    LIMIT $6::int
+), passed AS MATERIALIZED (
+  SELECT priority, min(since) AS since
+    FROM candidate
+   WHERE NOT EXISTS (SELECT FROM taken WHERE taken.tid = candidate.tid)
+   GROUP BY priority
 ), sized AS MATERIALIZED (
   SELECT taken.tid, taken.since, taken.attempt, taken.noted, body.*,
          sum(octet_length(body.payload)) OVER (ORDER BY taken.priority DESC, taken.since, taken.id) AS bytes,
@@ -68,7 +74,9 @@ WITH candidate AS MATERIALIZED (
   INSERT INTO {schema}.deltas (queue, ready, active)
   SELECT queue, -count(*), count(*) FROM chosen GROUP BY queue
 )
-SELECT (SELECT count(*) FROM candidate) AS seen, coalesce($1::timestamptz, now()) AS now,
+SELECT (SELECT count(*) FROM candidate) AS seen,
+       ARRAY(SELECT priority FROM passed ORDER BY priority) AS passed_priorities,
+       ARRAY(SELECT since FROM passed ORDER BY priority) AS passed_since, coalesce($1::timestamptz, now()) AS now,
        chosen.id, chosen.queue, chosen.type, chosen.payload, chosen.attempt + 1 AS attempt, chosen.max_retries,
        chosen.priority, chosen.lease_id, chosen.leased_at, chosen.expires_at, chosen.since, chosen.created_at,
        chosen.run_at, chosen.tags, chosen.metadata, chosen.traceparent, note.last_error
