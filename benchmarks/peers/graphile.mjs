@@ -13,10 +13,13 @@ function work(task, concurrency) {
 
 function fill() {
   return utils.withPgClient((client) =>
-    client.query("SELECT graphile_worker.add_job('bench', $1::json) FROM generate_series(1, $2::int)", [
-      payload,
-      wanted.count,
-    ]),
+    client.query(
+      `SELECT count(*) FROM graphile_worker.add_jobs(ARRAY(
+         SELECT json_populate_record(null::graphile_worker.job_spec,
+                                     json_build_object('identifier', 'bench', 'payload', $1::json))
+           FROM generate_series(1, $2::int)))`,
+      [payload, wanted.count],
+    ),
   );
 }
 
