@@ -23,8 +23,8 @@ WAIT_SECONDS = 20
 TRAFFIC_A_SECOND = 300
 TRAFFIC_CONCURRENCY = 8
 SLICES = 40
-WITHOUT_PART = 5
-"""The run without a pinned horizon is this much shorter: it has no trend."""
+WITHOUT_PART = 10
+"""The run without a pinned horizon is this much shorter: it has no trend. So is the peer's."""
 POINTS = 200
 NOISE = 1.3
 WHOLE = Line(QUEUE)
@@ -336,7 +336,7 @@ def pinned(lab: Lab) -> Findings:
                     _pinned_row("leaseq, over HTTP", base, ours),
                     _pinned_row("pg-boss, in-process", _middle(theirs_without), _end(theirs_held)),
                 ],
-                f"pg-boss has {peer_seconds:.0f} s only: its leases soon take all there is. The end is the last fifth. Without runs for {seconds // WITHOUT_PART} s: it has no trend.",
+                f"pg-boss has {peer_seconds:.0f} s only: its leases soon take all there is. The end is the last tenth. Without runs for {seconds // WITHOUT_PART} s: it has no trend.",
             )
         ],
         plots=[
