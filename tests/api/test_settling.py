@@ -15,7 +15,13 @@ from app.queue.model import Outcome
 from tests.conftest import Replica, World
 
 ERROR = {"message": "no such host"}
-BODIES: dict[str, dict[str, Any]] = {"ack": {}, "fail": {"error": ERROR}, "release": {}, "heartbeat": {}}
+BODIES: dict[str, dict[str, Any]] = {
+    "ack": {},
+    # Later than any test lasts: a retry becomes ready by itself when its time has come.
+    "fail": {"error": ERROR, "retry_in_seconds": 600},
+    "release": {},
+    "heartbeat": {},
+}
 ENDING = ("ack", "fail", "release")
 UNKNOWN_JOB = "0190a4f4-3b7a-7c39-8f3e-000000000000"
 

@@ -40,7 +40,8 @@ def settle(queue: Replica, verb: str, leased: dict[str, Any]) -> asyncio.Task[ht
 async def call(queue: Replica, verb: str, job: dict[str, Any]) -> httpx.Response:
     match verb:
         case "fail":
-            return await queue.verb("fail", job, error={"message": "boom"})
+            # Later than any test lasts: a retry becomes ready by itself when its time has come.
+            return await queue.verb("fail", job, error={"message": "boom"}, retry_in_seconds=600)
         case "ack" | "release" | "heartbeat":
             return await queue.verb(verb, job)
         case "delete":
