@@ -374,6 +374,7 @@ class TestReach:
 
 async def test_a_delayed_job_is_ready_when_its_time_comes_and_not_a_round_later(world: World):
     """The rounds of this replica are never; without its own look at the next due job the lease would wait in vain."""
+    world.on_time = True
     queue = await world.replica()
     await queue.events.wait_for(MaintenanceRan, len(TASKS))
     waiting = asyncio.create_task(queue.lease(wait_seconds=30))
@@ -382,6 +383,7 @@ async def test_a_delayed_job_is_ready_when_its_time_comes_and_not_a_round_later(
 
 
 async def test_a_retry_is_ready_when_its_backoff_is_over(world: World):
+    world.on_time = True
     queue = await world.replica()
     await queue.events.wait_for(MaintenanceRan, len(TASKS))
     job = await queue.enqueue(backoff={"strategy": "fixed", "initial_seconds": 0.05, "jitter": "none"})
@@ -410,6 +412,7 @@ async def test_a_promotion_that_fails_leaves_the_other_tasks_their_turns(world: 
 
 
 async def test_a_retry_of_an_expired_lease_is_ready_when_its_backoff_is_over(world: World):
+    world.on_time = True
     queue = await world.replica()
     await queue.events.wait_for(MaintenanceRan, len(TASKS))
     job = await queue.enqueue(backoff={"strategy": "fixed", "initial_seconds": 0.05, "jitter": "none"})
