@@ -379,8 +379,7 @@ class Service:
             async with self._turn_alone():
                 answer = (await write([word])).get(word.job_id)
             if answer is not None:
-                self._note(answer)
-                self._wake([answer])
+                self._tell([answer])
         return answer
 
     @asynccontextmanager
