@@ -195,8 +195,10 @@ class Wakeups(Component):
         self._old_places: list[Place] = []
         self._first_places: dict[tuple[Line, int], Place] = {}
         self._others_look = False
+        self._others_look_everywhere = False
         self._to_say = asyncio.Event()
         self._to_look = asyncio.Event()
+        self._everywhere = False
         self._origin = uuid4().hex
         self._channel = f"leaseq {database.schema}"
         self.listening = asyncio.Event()
@@ -213,7 +215,7 @@ class Wakeups(Component):
             for line in waiter.unused:
                 if self.announce({line: 1}):
                     # A call knows its line, not the place of the job: the others must look for it.
-                    self._others_look = True
+                    self._others_look_everywhere = True
 
     @property
     def waiters(self) -> int:
@@ -228,10 +230,13 @@ class Wakeups(Component):
             ready[place.line] = ready.get(place.line, 0) + 1
         told = self.announce(ready)
         for place in [place for place in places if place.line in told]:
-            if len(self._old_places) + len(self._first_places) > PLACES_TOLD_MAX:
-                self._others_look = True
-            elif old:
+            if old and len(self._old_places) < PLACES_TOLD_MAX:
                 self._old_places.append(place)
+            elif old:
+                self._others_look_everywhere = True
+            elif len(self._first_places) >= PLACES_TOLD_MAX:
+                # What has just become ready any look finds: going through all that is old for it would be a herd.
+                self._others_look = True
             else:
                 where = place.line, place.priority
                 self._first_places[where] = min(place, self._first_places.get(where, place))
@@ -256,6 +261,7 @@ class Wakeups(Component):
 
     def look_soon(self) -> None:
         """Look for ready jobs, also far behind the cursors, before the next poll."""
+        self._everywhere = True
         self._to_look.set()
 
     async def look(self, *, everywhere: bool = False) -> None:
@@ -282,7 +288,7 @@ class Wakeups(Component):
             with suppress(TimeoutError):
                 async with asyncio.timeout(self._poll_seconds * random.uniform(0.8, 1.2)):
                     await self._to_look.wait()
-            everywhere = self._to_look.is_set()
+            everywhere, self._everywhere = self._everywhere, False
             self._to_look.clear()
             try:
                 await self.look(everywhere=everywhere)
@@ -304,7 +310,7 @@ class Wakeups(Component):
                     connection.add_termination_listener(lambda _: self._to_say.set())
                     self.listening.set()
                     # Hints may have gone by while nobody listened.
-                    self._to_look.set()
+                    self.look_soon()
                     tries = 0
                     await self._talk(connection)
                 finally:
@@ -327,13 +333,14 @@ class Wakeups(Component):
             self._to_say.clear()
             message = self._message()
             said, self._hints = self._hints, {}
-            self._old_places, self._first_places, self._others_look = [], {}, False
+            self._old_places, self._first_places = [], {}
+            self._others_look = self._others_look_everywhere = False
             try:
                 await connection.execute("SELECT pg_notify($1, $2)", self._channel, message)
             except Exception:
                 # They are said again over the next connection: one too many costs a look.
                 self._hints = {**said, **self._hints}
-                self._others_look = True
+                self._others_look_everywhere = True
                 self._to_say.set()
                 raise
             await asyncio.sleep(HINT_PAUSE_SECONDS)
@@ -348,9 +355,11 @@ class Wakeups(Component):
             ],
         }
         message = json.dumps(said)
-        if not self._others_look and len(message) <= HINT_BYTES_MAX:
+        look = self._others_look or self._others_look_everywhere
+        if not look and len(message) <= HINT_BYTES_MAX:
             return message
-        return json.dumps({"from": self._origin, "look": True})
+        where = {"everywhere": True} if self._others_look_everywhere or self._old_places else {}
+        return json.dumps({"from": self._origin, "look": True, **where})
 
     def _heard(self, _connection: object, _pid: int, _channel: str, message: object) -> None:
         try:
@@ -365,7 +374,9 @@ class Wakeups(Component):
         except (ValueError, TypeError, KeyError, AttributeError):
             log.warning("hint_not_understood")  # anybody in the database may send one
             return
-        if said.get("look"):
+        if said.get("everywhere"):
+            self.look_soon()
+        elif said.get("look"):
             self._to_look.set()
         for place in places:
             self._cursors.landed(place)
