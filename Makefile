@@ -52,11 +52,12 @@ format: .venv/.dev ## Mend what can be mended by itself
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# Extras stay in the names: pip looks for the newest `coverage[toml]` where only `coverage` is pinned, and refuses it.
 lock: ## Renew the locked dependencies (needs uv)
-	uv pip compile -q --upgrade --universal --python-version 3.11 --generate-hashes --no-header --extra embedded pyproject.toml -o requirements/run.txt
-	uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-header -c requirements/run.txt pyproject.toml -o requirements/service.txt
-	uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-header -c requirements/run.txt --all-extras pyproject.toml -o requirements/dev.txt
-	uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-header -c requirements/dev.txt --extra embedded pyproject.toml benchmarks/requirements.in -o requirements/bench.txt
+	uv pip compile -q --upgrade --universal --python-version 3.11 --no-strip-extras --generate-hashes --no-header --extra embedded pyproject.toml -o requirements/run.txt
+	uv pip compile -q --universal --python-version 3.11 --no-strip-extras --generate-hashes --no-header -c requirements/run.txt pyproject.toml -o requirements/service.txt
+	uv pip compile -q --universal --python-version 3.11 --no-strip-extras --generate-hashes --no-header -c requirements/run.txt --all-extras pyproject.toml -o requirements/dev.txt
+	uv pip compile -q --universal --python-version 3.11 --no-strip-extras --generate-hashes --no-header -c requirements/dev.txt --extra embedded pyproject.toml benchmarks/requirements.in -o requirements/bench.txt
 
 clean: ## Remove what was made here, but not the data in .leaseq
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache .coverage*
