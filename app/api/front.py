@@ -64,6 +64,8 @@ class Front:
         self._by_path: dict[str, Endpoint] = {}
         self._by_verb: dict[str, Endpoint] = {}
         for route in thin:
+            if not route.operation.busy:
+                continue
             prefix, _, verb = route.path.partition("{job_id}/")
             if verb:
                 self._by_verb[verb] = route.served

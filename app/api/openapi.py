@@ -1,5 +1,6 @@
 """The OpenAPI document: FastAPI's part for its own routes, the thin routes' from their msgspec types, one set of schemas."""
 
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -7,11 +8,12 @@ import msgspec
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
-from app.api import schemas as schemas_of_replies
+from app.api.answers import REPLIES
 from app.api.problems import CODES, MEDIA_TYPE
 from app.api.schemas import Problem
 from app.api.thin import Operation, ThinRoute
 
+PATH_PARAMETERS = {"job_id": "the job's id, a UUIDv7", "name": "its name"}
 REF = "#/components/schemas/{name}"
 ANY_REQUEST = ("internal_error", "unavailable")
 ANY_BODY = ("malformed_json", "body_too_large", "unsupported_media_type", "invalid")
@@ -47,7 +49,9 @@ def document(app: FastAPI, thin: Iterable[ThinRoute]) -> dict[str, Any]:
         for operation in operations.values():
             _describe_answers(operation, schemas)
     for route in thin:
-        base["paths"].setdefault(route.path, {})["post"] = _thin_operation(route.operation, schemas)
+        base["paths"].setdefault(route.path, {})[route.operation.method.lower()] = _thin_operation(
+            route.operation, schemas
+        )
     schemas["Problem"]["properties"]["code"]["enum"] = list(CODES)
     base["components"] = {"schemas": dict(sorted(schemas.items()))}
     return base
@@ -55,7 +59,7 @@ def document(app: FastAPI, thin: Iterable[ThinRoute]) -> dict[str, Any]:
 
 def _describe_answers(operation: dict[str, Any], schemas: dict[str, Any]) -> None:
     name = operation.pop("x-reply", None)
-    reply = str if name == "str" else name and getattr(schemas_of_replies, name)
+    reply = None if name is None else REPLIES[name]
     good = operation.pop("x-description")
     problems = operation.pop("x-problems")
     also = operation.pop("x-also", {})
@@ -67,15 +71,16 @@ def _describe_answers(operation: dict[str, Any], schemas: dict[str, Any]) -> Non
 
 
 def _thin_operation(operation: Operation, schemas: dict[str, Any]) -> dict[str, Any]:
-    parameters = [
+    parameters: list[dict[str, Any]] = [
         {
-            "name": "job_id",
+            "name": name,
             "in": "path",
             "required": True,
             "schema": {"type": "string"},
-            "description": "the job's id, a UUIDv7",
+            "description": PATH_PARAMETERS[name],
         }
-    ] * ("{job_id}" in operation.path)
+        for name in re.findall(r"{(\w+)}", operation.path)
+    ]
     parameters += [
         {"name": name, "in": "header", "required": False, "schema": {"type": "string"}}
         for name in operation.headers
@@ -92,7 +97,7 @@ def _thin_operation(operation: Operation, schemas: dict[str, Any]) -> dict[str, 
         "description": operation.description,
         "operationId": operation.name,
         "requestBody": {
-            "required": True,
+            "required": not operation.body_is_optional,
             "content": {
                 "application/json": {
                     "schema": _schema(operation.request, schemas),

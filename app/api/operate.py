@@ -4,13 +4,14 @@ import asyncio
 import base64
 import hashlib
 from datetime import UTC, datetime
-from typing import Annotated, Any
+from typing import Annotated
 from uuid import UUID
 
 from fastapi import APIRouter, Path, Query, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field
 
+from app.api.answers import answers, json_response
 from app.api.schemas import (
     NAME_LENGTH_MAX,
     NAME_PATTERN,
@@ -23,7 +24,7 @@ from app.api.schemas import (
     StatsReply,
     WorkerSeenReply,
 )
-from app.api.thin import encode, job_id_of
+from app.api.thin import job_id_of
 from app.engine.service import Service
 from app.queue.errors import InvalidRequestError, UnavailableError
 from app.queue.lifecycle import State
@@ -79,12 +80,6 @@ class ListQuery(BaseModel):
         )
 
 
-def _answers(reply: type | None, description: str, *problems: str) -> dict[str, Any]:
-    """Say in OpenAPI what a route answers; `openapi.py` puts the schemas in the place of the names."""
-    name = None if reply is None else reply.__name__
-    return {"x-reply": name, "x-description": description, "x-problems": problems}
-
-
 def router(service: Service, metrics: Metrics) -> APIRouter:  # noqa: C901  # a list of routes, each one line deep
     """Return the routes."""
     routes = APIRouter(default_response_class=Response)
@@ -93,14 +88,14 @@ def router(service: Service, metrics: Metrics) -> APIRouter:  # noqa: C901  # a 
         "/jobs",
         tags=["Inspect"],
         summary="List jobs, newest first",
-        openapi_extra=_answers(
+        openapi_extra=answers(
             PageReply, "A page; a page may be shorter than `limit` before the end.", "invalid"
         ),
     )
     async def list_jobs(query: Annotated[ListQuery, Query()]) -> Response:
         wanted = query.to_filter()
         jobs, last = await service.page(wanted, query.limit, _position(query.cursor, wanted))
-        return _json(
+        return json_response(
             PageReply([JobReply.of(job) for job in jobs], None if last is None else _cursor(last, wanted))
         )
 
@@ -108,20 +103,20 @@ def router(service: Service, metrics: Metrics) -> APIRouter:  # noqa: C901  # a 
         "/jobs/{job_id}",
         tags=["Inspect"],
         summary="Show a job",
-        openapi_extra=_answers(JobReply, "The job as it stands.", "not_found"),
+        openapi_extra=answers(JobReply, "The job as it stands.", "not_found"),
     )
     async def show_job(job_id: JobId) -> Response:
-        return _json(JobReply.of(await service.job(job_id_of(job_id))))
+        return json_response(JobReply.of(await service.job(job_id_of(job_id))))
 
     @routes.get(
         "/jobs/{job_id}/attempts",
         tags=["Inspect"],
         summary="List a job's attempts",
-        openapi_extra=_answers(AttemptsReply, "Every attempt that is kept, oldest first.", "not_found"),
+        openapi_extra=answers(AttemptsReply, "Every attempt that is kept, oldest first.", "not_found"),
     )
     async def list_attempts(job_id: JobId) -> Response:
         attempts = await service.attempts(job_id_of(job_id))
-        return _json(AttemptsReply([AttemptReply.of(attempt) for attempt in attempts]))
+        return json_response(AttemptsReply([AttemptReply.of(attempt) for attempt in attempts]))
 
     @routes.post(
         "/jobs/{job_id}/cancel",
@@ -131,27 +126,27 @@ def router(service: Service, metrics: Metrics) -> APIRouter:  # noqa: C901  # a 
             "A waiting job is cancelled at once. An active one is asked to end: its worker's next heartbeat says so;"
             " then an ack completes it, and a fail, a release or the end of its lease cancels it."
         ),
-        openapi_extra=_answers(JobReply, "The job as it stands now.", "not_found", "wrong_state"),
+        openapi_extra=answers(JobReply, "The job as it stands now.", "not_found", "wrong_state"),
     )
     async def cancel_job(job_id: JobId) -> Response:
-        return _json(JobReply.of(await service.cancel(job_id_of(job_id))))
+        return json_response(JobReply.of(await service.cancel(job_id_of(job_id))))
 
     @routes.post(
         "/jobs/{job_id}/retry",
         tags=["Operate"],
         summary="Retry a failed, cancelled or expired job",
         description="It is ready again with a fresh budget of `max_retries`; `attempt` goes on counting.",
-        openapi_extra=_answers(JobReply, "The job as it stands now.", "not_found", "wrong_state"),
+        openapi_extra=answers(JobReply, "The job as it stands now.", "not_found", "wrong_state"),
     )
     async def retry_job(job_id: JobId) -> Response:
-        return _json(JobReply.of(await service.retry(job_id_of(job_id))))
+        return json_response(JobReply.of(await service.retry(job_id_of(job_id))))
 
     @routes.delete(
         "/jobs/{job_id}",
         tags=["Operate"],
         summary="Delete a job that has ended",
         status_code=204,
-        openapi_extra=_answers(None, "It is gone, with its attempts.", "not_found", "wrong_state"),
+        openapi_extra=answers(None, "It is gone, with its attempts.", "not_found", "wrong_state"),
     )
     async def delete_job(job_id: JobId) -> Response:
         await service.delete(job_id_of(job_id))
@@ -161,39 +156,39 @@ def router(service: Service, metrics: Metrics) -> APIRouter:  # noqa: C901  # a 
         "/stats",
         tags=["Inspect"],
         summary="Count the jobs that are kept",
-        openapi_extra=_answers(StatsReply, "In all, and by queue."),
+        openapi_extra=answers(StatsReply, "In all, and by queue."),
     )
     async def show_stats() -> Response:
         stats = await service.stats()
-        return _json(StatsReply(stats.jobs, stats.queues))
+        return json_response(StatsReply(stats.jobs, stats.queues))
 
     @routes.get(
         "/health/live",
         tags=["Health"],
         summary="Whether the process is alive",
-        openapi_extra=_answers(LiveReply, "It is."),
+        openapi_extra=answers(LiveReply, "It is."),
     )
     async def is_live() -> Response:
-        return _json(LiveReply())
+        return json_response(LiveReply())
 
     @routes.get(
         "/health/ready",
         tags=["Health"],
         summary="Whether this process should get requests",
-        openapi_extra=_answers(LiveReply, "It should.", "unavailable"),
+        openapi_extra=answers(LiveReply, "It should.", "unavailable"),
     )
     async def is_ready() -> Response:
         problem = await service.readiness()
         if problem is not None:
             raise UnavailableError(problem)
-        return _json(LiveReply())
+        return json_response(LiveReply())
 
     @routes.get(
         "/health",
         tags=["Health"],
         summary="How the parts are",
         openapi_extra={
-            **_answers(HealthReply, "All is well."),
+            **answers(HealthReply, "All is well."),
             "x-also": {503: "Something is not; `problem` says what."},
         },
     )
@@ -209,10 +204,10 @@ def router(service: Service, metrics: Metrics) -> APIRouter:  # noqa: C901  # a 
             jobs=None if health.stats is None else health.stats.jobs,
             oldest_ready_seconds=health.oldest_ready_seconds,
         )
-        return Response(encode(reply), 200 if health.problem is None else 503, media_type="application/json")
+        return json_response(reply, 200 if health.problem is None else 503)
 
     @routes.get(
-        "/metrics", tags=["Health"], summary="Metrics for Prometheus", openapi_extra=_answers(str, "Text.")
+        "/metrics", tags=["Health"], summary="Metrics for Prometheus", openapi_extra=answers(str, "Text.")
     )
     async def show_metrics() -> Response:
         await _read_gauges(service, metrics)
@@ -248,10 +243,6 @@ async def _read_database_gauges(service: Service, metrics: Metrics) -> None:
         )
     except UnavailableError:
         metrics.show_database(None, {}, None)
-
-
-def _json(reply: object) -> Response:
-    return Response(encode(reply), media_type="application/json")
 
 
 def _cursor(last: UUID, wanted: JobFilter) -> str:

@@ -28,6 +28,7 @@ from app.queue.model import (
     JobRequest,
     LeasedJob,
     Outcome,
+    UniqueScope,
     WorkError,
 )
 
@@ -315,6 +316,21 @@ class BackoffReply(Struct):
     jitter: Jitter
 
 
+class UniqueReply(Struct):
+    """The key that only one job of a queue may hold at a time."""
+
+    key: str
+    scope: Annotated[UniqueScope, Meta(description="how long this job holds it")]
+    window_seconds: float | None
+
+
+class ProgressReply(Struct):
+    """How far its worker says it is."""
+
+    percent: float | None
+    message: str | None
+
+
 class JobReply(Struct):
     """A job as it stands."""
 
@@ -348,6 +364,19 @@ class JobReply(Struct):
     )
     last_error: Annotated[Raw, Meta(description="`{message, type?, stack?}`")] | None
     result: Annotated[Raw, Meta(description="what the ack brought")] | None
+    expires_at: (
+        Annotated[datetime, Meta(description="start deadline: past it the job becomes `expired`")] | None
+    )
+    unique: UniqueReply | None
+    dead_letter_queue: str | None
+    source: (
+        Annotated[
+            Raw, Meta(description="of a dead letter's copy: `{queue, job_id, attempts, error, failed_at}`")
+        ]
+        | None
+    )
+    progress: ProgressReply | None
+    checkpoint: Annotated[Raw, Meta(description="what its worker last kept to go on from")] | None
 
     @classmethod
     def of(cls, job: Job) -> "JobReply":
@@ -381,8 +410,14 @@ class JobReply(Struct):
             worker=job.worker,
             cancel_requested=job.cancel_requested,
             reason=job.reason,
-            last_error=None if job.last_error is None else Raw(job.last_error),
-            result=None if job.result is None else Raw(job.result),
+            last_error=_raw(job.last_error),
+            result=_raw(job.result),
+            expires_at=job.expires_at,
+            unique=None if job.unique is None else UniqueReply(*job.unique),
+            dead_letter_queue=job.dead_letter_queue,
+            source=_raw(job.source),
+            progress=None if job.progress is None else ProgressReply(*job.progress),
+            checkpoint=_raw(job.checkpoint),
         )
 
 
@@ -423,7 +458,7 @@ class LeasedJobReply(Struct):
             tags=list(job.tags),
             metadata=Raw(job.metadata),
             traceparent=job.traceparent,
-            last_error=None if job.last_error is None else Raw(job.last_error),
+            last_error=_raw(job.last_error),
         )
 
 
@@ -504,7 +539,7 @@ class AttemptReply(Struct):
             started_at=attempt.started_at,
             ended_at=attempt.ended_at,
             outcome=attempt.outcome,
-            error=None if attempt.error is None else Raw(attempt.error),
+            error=_raw(attempt.error),
         )
 
 
@@ -572,6 +607,10 @@ class Problem(Struct, omit_defaults=True):
     state: (
         Annotated[State, Meta(description="the job's state, with `lease_lost` and `wrong_state`")] | None
     ) = None
+
+
+def _raw(text: bytes | None) -> Raw | None:
+    return None if text is None else Raw(text)
 
 
 def _check_name(field: str, name: str) -> None:

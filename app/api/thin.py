@@ -1,8 +1,10 @@
-"""Thin routes: the verbs that producers and workers call all day.
+"""Thin routes: all that have a body, and so the verbs that producers and workers call all day.
 
 FastAPI's own route spends more time on a request than the database does on the job. A thin route is a plain
 Starlette route: read the body, decode it with msgspec, call the handler, send bytes. Its place in OpenAPI is made
 from the same msgspec types that it decodes and encodes (see `openapi.py`); errors go through the same handlers.
+
+The busy ones are called past FastAPI's middleware (see `front.py`), the others through it.
 """
 
 import asyncio
@@ -52,7 +54,12 @@ class Call:
     @property
     def job_id(self) -> UUID:
         """The job that its path names. Raises JobNotFoundError."""
-        return job_id_of(self._scope["path_params"]["job_id"])
+        return job_id_of(self.path("job_id"))
+
+    def path(self, name: str) -> str:
+        """The part of the path that the route calls `name`."""
+        part: str = self._scope["path_params"][name]
+        return part
 
 
 class Reply(NamedTuple):
@@ -85,7 +92,12 @@ class Operation:
     headers: tuple[str, ...] = ()
     """The request headers that it looks at."""
     takes_many: bool = False
-    """Whether a body may hold many jobs' results."""
+    """Whether a body may hold many jobs, or their results."""
+    method: str = "POST"
+    busy: bool = False
+    """Whether it is called past FastAPI's middleware. Then it is a POST."""
+    body_is_optional: bool = False
+    """Whether no body at all means an empty object."""
 
 
 def encode(value: object) -> bytes:
@@ -116,18 +128,24 @@ class Endpoint:
         self._handle = operation.handle
         self._decoder = msgspec.json.Decoder(operation.request)
         self._body_bytes_max = body_bytes_max
+        self._body_is_optional = operation.body_is_optional
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
         call = Call(scope)
-        body = await read_body(call.headers, receive, self._body_bytes_max)
+        if self._body_is_optional and b"content-type" not in call.headers:
+            # Only who sends a body says what it is; whoever does not say it sends none.
+            await read_body({**call.headers, b"content-type": b"application/json"}, receive, 0)
+            body = b"{}"
+        else:
+            body = await read_body(call.headers, receive, self._body_bytes_max)
         reply = await self._handle(call, decode(self._decoder, body))
         await send(
             {
                 "type": "http.response.start",
                 "status": reply.status,
                 "headers": [
-                    (b"content-type", b"application/json"),
+                    *([(b"content-type", b"application/json")] if reply.body else []),
                     (b"content-length", str(len(reply.body)).encode()),
                     *reply.headers,
                 ],
@@ -137,9 +155,9 @@ class Endpoint:
 
 
 class ThinRoute(Route):
-    """A route of the app whose endpoint `front.py` calls directly."""
+    """A route of the app; where it is busy `front.py` calls its endpoint directly."""
 
     def __init__(self, operation: Operation, body_bytes_max: int) -> None:
         self.operation = operation
         self.served = Endpoint(operation, body_bytes_max)
-        super().__init__(operation.path, self.served, methods=["POST"], name=operation.name)
+        super().__init__(operation.path, self.served, methods=[operation.method], name=operation.name)

@@ -117,6 +117,7 @@ def operations(service: Service, payload_bytes_max: int) -> list[Operation]:
             problems=("payload_too_large",),
             example={"queue": "emails", "type": "welcome", "payload": {"to": "a@example.com"}},
             handle=work.enqueue,
+            busy=True,
             headers=("traceparent",),
         ),
         Operation(
@@ -135,6 +136,7 @@ def operations(service: Service, payload_bytes_max: int) -> list[Operation]:
             problems=(),
             example={"queues": ["emails"], "worker": "mailer-1"},
             handle=work.lease,
+            busy=True,
             takes_many=True,
         ),
         Operation(
@@ -153,6 +155,7 @@ def operations(service: Service, payload_bytes_max: int) -> list[Operation]:
             problems=(),
             example={"items": [{"job_id": _EXAMPLE_JOB_ID, "lease_id": _EXAMPLE_LEASE_ID, "outcome": "ack"}]},
             handle=work.settle,
+            busy=True,
             takes_many=True,
         ),
         Operation(
@@ -167,6 +170,7 @@ def operations(service: Service, payload_bytes_max: int) -> list[Operation]:
             problems=(*by_lease, "payload_too_large"),
             example={"lease_id": _EXAMPLE_LEASE_ID, "result": {"sent": True}},
             handle=work.ack,
+            busy=True,
         ),
         Operation(
             path="/jobs/{job_id}/heartbeat",
@@ -183,6 +187,7 @@ def operations(service: Service, payload_bytes_max: int) -> list[Operation]:
             problems=by_lease,
             example={"lease_id": _EXAMPLE_LEASE_ID},
             handle=work.heartbeat,
+            busy=True,
         ),
         Operation(
             path="/jobs/{job_id}/fail",
@@ -202,6 +207,7 @@ def operations(service: Service, payload_bytes_max: int) -> list[Operation]:
                 "error": {"type": "SmtpError", "message": "connection refused"},
             },
             handle=work.fail,
+            busy=True,
         ),
         Operation(
             path="/jobs/{job_id}/release",
@@ -218,5 +224,6 @@ def operations(service: Service, payload_bytes_max: int) -> list[Operation]:
             problems=by_lease,
             example={"lease_id": _EXAMPLE_LEASE_ID},
             handle=work.release,
+            busy=True,
         ),
     ]

@@ -60,6 +60,25 @@ class BackoffRequest:
 NOTHING_NAMED = BackoffRequest()
 
 
+class UniqueScope(StrEnum):
+    """How long a job holds its unique key."""
+
+    QUEUED = "queued"
+    """Until its first lease; a retry does not take it back."""
+    UNFINISHED = "unfinished"
+    """Until it ends."""
+    WINDOW = "window"
+    """For `window_seconds` from its creation, whatever becomes of it, unless it is deleted."""
+
+
+class Unique(NamedTuple):
+    """A key that only one job of a queue may hold at a time, and how long this job holds it."""
+
+    key: str
+    scope: UniqueScope = UniqueScope.UNFINISHED
+    window_seconds: float | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class JobDefaults:
     """What a job gets where its producer named nothing."""
@@ -86,10 +105,17 @@ class JobRequest(NamedTuple):
     tags: tuple[str, ...] = ()
     metadata: bytes = b"{}"
     traceparent: str | None = None
+    expires_at: datetime | None = None
+    expires_in_seconds: float | None = None
+    unique: Unique | None = None
+    dead_letter_queue: str | None = None
 
 
 class NewJob(NamedTuple):
-    """A job with every field resolved, ready to be stored. At most one of run_at and delay_seconds is set."""
+    """A job with every field resolved, ready to be stored.
+
+    At most one of run_at and delay_seconds is set, and at most one of expires_at and expires_in_seconds.
+    """
 
     id: UUID
     queue: str
@@ -105,6 +131,19 @@ class NewJob(NamedTuple):
     tags: tuple[str, ...]
     metadata: bytes
     traceparent: str | None
+    expires_at: datetime | None = None
+    expires_in_seconds: float | None = None
+    unique: Unique | None = None
+    dead_letter_queue: str | None = None
+    source: bytes | None = None
+    """Of a dead letter's copy: where it came from, as JSON."""
+
+
+class Progress(NamedTuple):
+    """How far a worker says it is."""
+
+    percent: float | None
+    message: str | None
 
 
 class Job(NamedTuple):
@@ -135,6 +174,13 @@ class Job(NamedTuple):
     reason: str | None = None
     last_error: bytes | None = None
     result: bytes | None = None
+    expires_at: datetime | None = None
+    """The start deadline."""
+    unique: Unique | None = None
+    dead_letter_queue: str | None = None
+    source: bytes | None = None
+    progress: Progress | None = None
+    checkpoint: bytes | None = None
 
     @property
     def retry_count(self) -> int:

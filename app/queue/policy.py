@@ -48,6 +48,10 @@ def resolve(request: JobRequest, defaults: JobDefaults, job_id: UUID) -> NewJob:
         tags=request.tags,
         metadata=request.metadata,
         traceparent=request.traceparent,
+        expires_at=request.expires_at,
+        expires_in_seconds=request.expires_in_seconds,
+        unique=request.unique,
+        dead_letter_queue=request.dead_letter_queue,
     )
 
 

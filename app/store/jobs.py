@@ -33,7 +33,10 @@ from app.queue.model import (
     Lease,
     LeasedJob,
     NewJob,
+    Progress,
     Settled,
+    Unique,
+    UniqueScope,
     Verb,
     Verdict,
     Word,
@@ -148,14 +151,14 @@ class Jobs:
     async def enqueue(self, new: Sequence[NewJob]) -> list[Job]:
         """Store jobs, in order: all or none. Where the connection dies at the COMMIT, looks whether they are."""
         try:
-            return await self._insert(new)
+            return await self._insert(self._database, new)
         except UnavailableError as error:
             if not error.outcome_unknown:
                 raise
         stored = await self._stored(new)
         if stored is None:
             try:
-                return await self._insert(new)
+                return await self._insert(self._database, new)
             except asyncpg.UniqueViolationError:
                 # The first try was still under way at the server, and has come through meanwhile.
                 stored = await self._stored(new)
@@ -170,10 +173,10 @@ class Jobs:
         found = {row["id"]: row for row in rows}
         # One that is missing among the others has been deleted since: it must not come back.
         stored = [(job, found.get(job.id, rows[0])) for job in new]
-        return [stored_job(job, row["created_at"], row["run_at"]) for job, row in stored]
+        return [stored_job(job, row) for job, row in stored]
 
-    async def _insert(self, new: Sequence[NewJob]) -> list[Job]:
-        rows = await self._database.fetch(
+    async def _insert(self, runner: Database | Transaction, new: Sequence[NewJob]) -> list[Job]:
+        rows = await runner.fetch(
             "enqueue",
             self._clock(),
             [job.id for job in new],
@@ -190,8 +193,15 @@ class Jobs:
             [json.dumps(job.tags) if job.tags else "[]" for job in new],
             [job.metadata for job in new],
             [job.payload for job in new],
+            [job.expires_at for job in new],
+            [job.expires_in_seconds for job in new],
+            [None if job.unique is None else job.unique.key for job in new],
+            [None if job.unique is None else job.unique.scope for job in new],
+            [None if job.unique is None else job.unique.window_seconds for job in new],
+            [job.dead_letter_queue for job in new],
+            [job.source for job in new],
         )
-        return [stored_job(job, row["created_at"], row["run_at"]) for job, row in zip(new, rows, strict=True)]
+        return [stored_job(job, row) for job, row in zip(new, rows, strict=True)]
 
     async def lease(self, stretches: Sequence[Stretch], slots: Sequence[Slot]) -> Claim:
         """Take ready jobs in these stretches, all of whole queues or all of types; one a slot, the first the first.
@@ -508,11 +518,18 @@ def job_of(row: Any) -> Job:
         reason=row.get("reason"),
         last_error=row["last_error"],
         result=row["result"],
+        expires_at=row["expires_at"],
+        unique=_unique(row),
+        dead_letter_queue=row["dead_letter_queue"],
+        source=row["source"],
+        progress=_progress(row),
+        checkpoint=row.get("checkpoint"),
     )
 
 
-def stored_job(job: NewJob, created_at: datetime, run_at: datetime) -> Job:
-    """Return a new job as it stands right after it was stored."""
+def stored_job(job: NewJob, row: Any) -> Job:
+    """Return a new job as it stands right after it was stored, with the instants that the database gave it."""
+    created_at, run_at = row["created_at"], row["run_at"]
     return Job(
         id=job.id,
         queue=job.queue,
@@ -531,6 +548,10 @@ def stored_job(job: NewJob, created_at: datetime, run_at: datetime) -> Job:
         traceparent=job.traceparent,
         created_at=created_at,
         run_at=run_at,
+        expires_at=row["expires_at"],
+        unique=job.unique,
+        dead_letter_queue=job.dead_letter_queue,
+        source=job.source,
     )
 
 
@@ -586,6 +607,17 @@ def _error_text(error: WorkError) -> bytes:
 
 def _done(row: asyncpg.Record) -> Done:
     return Done(*row)
+
+
+def _unique(row: Any) -> Unique | None:
+    if row["unique_key"] is None:
+        return None
+    return Unique(row["unique_key"], UniqueScope(row["unique_scope"]), row["unique_window_seconds"])
+
+
+def _progress(row: Any) -> Progress | None:
+    percent, message = row.get("progress_percent"), row.get("progress_message")
+    return None if percent is None and message is None else Progress(percent, message)
 
 
 def _tags(text: str) -> tuple[str, ...]:

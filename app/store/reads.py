@@ -71,7 +71,15 @@ _BODY = (
     "metadata",
     "traceparent",
     "created_at",
+    "expires_at",
+    "unique_key",
+    "unique_scope",
+    "unique_window_seconds",
+    "dead_letter_queue",
+    "source",
 )
+_NOTED = ("error_group", "progress_percent", "progress_message", "checkpoint")
+"""What the side table has of a living job, and `dead` of a dead one."""
 _INSTANT = TIMESTAMP(timezone=True)
 
 
@@ -304,6 +312,7 @@ def _live(
         notes.c.last_error,
         notes.c.error_type,
         _nothing(LargeBinary()).label("result"),
+        *(notes.c[name] for name in _NOTED),
     ).select_from(place.join(jobs, jobs.c.id == place.c.id).outerjoin(notes, note))
 
 
@@ -332,6 +341,7 @@ def _ended(
         place.c.last_error,
         error_type.label("error_type"),
         result.label("result"),
+        *(place.c[name] if name in place.c else _nothing(notes.c[name].type).label(name) for name in _NOTED),
     )
 
 

@@ -33,7 +33,7 @@ from sqlalchemy import (
     Uuid,
     text,
 )
-from sqlalchemy.dialects.postgresql import JSONB, TIMESTAMP
+from sqlalchemy.dialects.postgresql import ARRAY, JSONB, TIMESTAMP
 
 from app.queue.lifecycle import State
 
@@ -60,6 +60,8 @@ BODY_COLUMNS = (
     "metadata",
     "source",
     "payload",
+    "unique_scope",
+    "unique_window_seconds",
 )
 """What a job brings along wherever it goes; the statements in `sql/` name them as `{body}`."""
 
@@ -97,6 +99,20 @@ def _body(*, id_is_key: bool) -> list[Column[Any]]:
     ]
 
 
+def _unique() -> list[Column[Any]]:
+    # How long `unique_key` is held; they came after the other columns of the body.
+    return [Column("unique_scope", Text), Column("unique_window_seconds", Double)]
+
+
+def _start_deadline(table: str) -> list[Any]:
+    """Return the column for the start deadline of a job that waits in `table`, and the index that finds it."""
+    return [
+        # Null where the job has none, or has been started: a deadline holds until the first lease.
+        Column("expires_at", _instant()),
+        Index(f"{table}_expiry", "expires_at", postgresql_where=text("expires_at IS NOT NULL")),
+    ]
+
+
 def _place(*, id_is_key: bool = True) -> list[Column[Any]]:
     return [
         Column("id", Uuid, primary_key=id_is_key, nullable=False),
@@ -124,6 +140,7 @@ jobs = Table(
     "jobs",
     metadata,
     *_body(id_is_key=True),
+    *_unique(),
     postgresql_with=_BUSY | {"autovacuum_vacuum_threshold": "5000"},
 )
 
@@ -133,6 +150,7 @@ ready = Table(
     *_place(),
     # When it became ready: the place in line among equal priorities. A released job keeps it.
     Column("since", _instant(), nullable=False),
+    *_start_deadline("ready"),
     Index("ready_by_queue", "queue", "priority", "since"),
     # An expression, so that neither index can answer the other's question: where the statistics know one type only,
     # the planner would read a whole queue to find another. No name has a slash in it.
@@ -147,6 +165,7 @@ scheduled = Table(
     Column("run_at", _instant(), nullable=False),
     # Waits for its backoff (state `retry`), not for its producer's run_at.
     Column("is_retry", Boolean, nullable=False),
+    *_start_deadline("scheduled"),
     Index("scheduled_due", "run_at"),
     postgresql_with=_BUSY | {"autovacuum_vacuum_threshold": "2000"},
 )
@@ -157,6 +176,7 @@ held = Table(
     *_place(),
     Column("concurrency_key", _name(), nullable=False),
     Column("since", _instant(), nullable=False),
+    *_start_deadline("held"),
     Index("held_by_key", "queue", "concurrency_key", "priority", "since"),
     postgresql_with=_BUSY | {"autovacuum_vacuum_threshold": "2000"},
 )
@@ -188,6 +208,8 @@ notes = Table(
     Column("checkpoint", LargeBinary),
     Column("progress_percent", REAL),
     Column("progress_message", Text),
+    # Of type and normalised message: alike failures have the same.
+    Column("error_group", _name()),
     postgresql_with=_BUSY | {"autovacuum_vacuum_threshold": "2000"},
 )
 
@@ -204,7 +226,13 @@ dead = Table(
     Column("worker", Text),
     Column("started_at", _instant()),
     Column("finished_at", _instant(), nullable=False),
+    *_unique(),
+    Column("error_group", _name()),
+    Column("progress_percent", REAL),
+    Column("progress_message", Text),
     Index("dead_by_queue", "queue", "state", "id"),
+    Index("dead_by_queue_and_age", "queue", "finished_at"),
+    Index("dead_by_group", "queue", "error_group", postgresql_where=text("state = 'failed'")),
     Index("dead_by_age", "finished_at"),
 )
 
@@ -219,6 +247,9 @@ history = Table(
     Column("started_at", _instant(), nullable=False),
     Column("finished_at", _instant(), nullable=False),
     Column("result", LargeBinary),
+    *_unique(),
+    # The jobs that its ack has enqueued, for the repeat of a lost answer.
+    Column("follow_ups", ARRAY(Uuid)),
     Index("history_by_id", "id"),
     Index("history_by_queue", "queue", "id"),
     postgresql_partition_by="RANGE (finished_at)",
@@ -254,6 +285,32 @@ unique_keys = Table(
     Column("until", _instant()),
 )
 
+idempotency_keys = Table(
+    "idempotency_keys",
+    metadata,
+    # Whose key it is: keys of different API keys, and of different paths, do not meet.
+    Column("owner", Text, primary_key=True),
+    Column("path", Text, primary_key=True),
+    Column("key", Text, primary_key=True),
+    Column("body_hash", LargeBinary, nullable=False),
+    # The jobs that the call made or found, in the order of its items; null for an item that was refused.
+    Column("job_ids", ARRAY(Uuid), nullable=False),
+    Column("created_at", _instant(), nullable=False),
+    Index("idempotency_keys_by_age", "created_at"),
+)
+
+lease_requests = Table(
+    "lease_requests",
+    metadata,
+    Column("owner", Text, primary_key=True),
+    Column("request_id", Text, primary_key=True),
+    Column("lease_ids", ARRAY(Uuid), nullable=False),
+    # How often the leases were handed out: who would take them back must know of the last time.
+    Column("delivery", Integer, nullable=False),
+    Column("created_at", _instant(), nullable=False),
+    Index("lease_requests_by_age", "created_at"),
+)
+
 queues = Table(
     "queues",
     metadata,
@@ -283,6 +340,61 @@ deltas = Table(
     Column("queue", _name(), nullable=False),
     *_counted(),
     postgresql_with=_BUSY | {"autovacuum_vacuum_threshold": "2000"},
+)
+
+workers = Table(
+    "workers",
+    metadata,
+    Column("name", Text, primary_key=True),
+    # What it last asked for: a list of queues, and one of types or null for all.
+    Column("queues", JSONB, nullable=False),
+    Column("types", JSONB),
+    # What an operator wants of it: `continue`, `quiet` or `terminate`.
+    Column("directive", Text, nullable=False),
+    Column("first_seen_at", _instant(), nullable=False),
+    Column("last_seen_at", _instant(), nullable=False),
+)
+
+schedules = Table(
+    "schedules",
+    metadata,
+    Column("name", _name(), primary_key=True),
+    Column("definition", JSONB, nullable=False),
+    # The payload of its jobs, value for value as it was sent.
+    Column("payload", LargeBinary, nullable=False),
+    Column("paused", Boolean, nullable=False),
+    Column("created_at", _instant(), nullable=False),
+    # Null when it will not fire again.
+    Column("next_fire_at", _instant()),
+    Index("schedules_due", "next_fire_at", postgresql_where=text("NOT paused")),
+)
+
+schedule_runs = Table(
+    "schedule_runs",
+    metadata,
+    Column("schedule", _name(), primary_key=True),
+    # When it was to fire: the key is what lets it fire once only.
+    Column("fire_at", _instant(), primary_key=True),
+    Column("decided_at", _instant(), nullable=False),
+    Column("outcome", Text, nullable=False),
+    Column("reason", Text),
+    Column("job_id", Uuid),
+)
+
+changes = Table(
+    "changes",
+    metadata,
+    # What processes keep a copy of (queue policies, workers' directives) has a number here that every change raises.
+    Column("topic", Text, primary_key=True),
+    Column("number", BigInteger, nullable=False),
+)
+
+defaults = Table(
+    "defaults",
+    metadata,
+    # What the environment says of jobs that name nothing, for the function enqueue(): it can not see the environment.
+    Column("name", Text, primary_key=True),
+    Column("value", JSONB, nullable=False),
 )
 
 maintenance = Table(

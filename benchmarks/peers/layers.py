@@ -36,7 +36,8 @@ async def raw(_scope: Scope, receive: Receive, send: Send) -> None:
 
 async def _store_nothing(new: Sequence[NewJob]) -> list[Job]:
     now = datetime.now(UTC)
-    return [stored_job(job, now, now) for job in new]
+    row = {"created_at": now, "run_at": now, "expires_at": None}
+    return [stored_job(job, row) for job in new]
 
 
 def _front() -> Any:

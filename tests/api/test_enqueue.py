@@ -77,6 +77,12 @@ async def test_a_job_that_names_only_its_queue_gets_every_default(queue: Replica
         "reason": None,
         "last_error": None,
         "result": None,
+        "expires_at": None,
+        "unique": None,
+        "dead_letter_queue": None,
+        "source": None,
+        "progress": None,
+        "checkpoint": None,
     }
 
 

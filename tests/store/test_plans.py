@@ -423,6 +423,7 @@ async def test_an_enqueue_reads_no_table(seeded: Seeded):
         each("[]"),
         each(b"{}"),
         each(b"null"),
+        *[each(None)] * 7,
     )
     assert plan.scans() == []
     assert plan.rows == BATCH

@@ -11,11 +11,11 @@ WITH due AS MATERIALIZED (
 ), gone AS (
   DELETE FROM {schema}.scheduled
    WHERE ctid = ANY (ARRAY(SELECT tid FROM due))
-  RETURNING id, queue, type, priority, attempt, noted, run_at, is_retry
+  RETURNING id, queue, type, priority, attempt, noted, run_at, is_retry, expires_at
 ), waiting AS (
-  INSERT INTO {schema}.ready (id, queue, type, priority, attempt, noted, since)
+  INSERT INTO {schema}.ready (id, queue, type, priority, attempt, noted, since, expires_at)
   SELECT id, queue, type, priority, attempt, noted,
-         coalesce($1::timestamptz, now()) + row_number() OVER (ORDER BY run_at, id) * interval '1 microsecond'
+         coalesce($1::timestamptz, now()) + row_number() OVER (ORDER BY run_at, id) * interval '1 microsecond', expires_at
     FROM gone
   RETURNING id, queue, type, priority, since
 ), counted AS (

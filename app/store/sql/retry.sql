@@ -6,9 +6,11 @@ WITH risen AS (
 ), body AS (
   INSERT INTO {schema}.jobs
          (id, created_at, queue, type, priority, run_at, lease_seconds, timeout_seconds, max_retries, backoff,
-          budget_start, concurrency_key, unique_key, dead_letter_queue, traceparent, tags, metadata, source, payload)
+          budget_start, concurrency_key, unique_key, dead_letter_queue, traceparent, tags, metadata, source, payload,
+          unique_scope, unique_window_seconds)
   SELECT id, created_at, queue, type, priority, now, lease_seconds, timeout_seconds, max_retries, backoff,
-         attempt, concurrency_key, unique_key, dead_letter_queue, traceparent, tags, metadata, source, payload
+         attempt, concurrency_key, unique_key, dead_letter_queue, traceparent, tags, metadata, source, payload,
+         unique_scope, unique_window_seconds
     FROM risen
 ), note AS (
   INSERT INTO {schema}.notes (job_id, last_error, error_type, checkpoint)
