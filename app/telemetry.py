@@ -33,6 +33,7 @@ from app.queue.events import (
     JobDeleted,
     JobEnqueued,
     JobEvent,
+    JobExpired,
     JobLeased,
     JobPromoted,
     JobRetried,
@@ -121,6 +122,9 @@ class Metrics:
         )
         self._released = self._counter("leaseq_jobs_released", "Jobs given back uncounted", "queue")
         self._cancelled = self._counter("leaseq_jobs_cancelled", "Jobs cancelled", "queue")
+        self._expired = self._counter(
+            "leaseq_jobs_expired", "Jobs that no worker took before their start deadline", "queue"
+        )
         self._waits = Histogram(
             "leaseq_lease_wait_seconds",
             "From ready to leased",
@@ -172,6 +176,8 @@ class Metrics:
                 self._ended(event)
             case JobCancelled():
                 self._cancelled.labels(self._queue(event.queue)).inc()
+            case JobExpired():
+                self._expired.labels(self._queue(event.queue)).inc()
             case MaintenanceRan():
                 self._maintenance.labels(event.task).observe(event.took_seconds)
             case MaintenanceFailed():
@@ -326,6 +332,17 @@ def forget(process: int, directory: Path) -> None:
     mark_process_dead(process, directory)  # type: ignore[no-untyped-call]
 
 
+_PLAIN_LINES: dict[type[QueueEvent], tuple[int, str]] = {
+    CancelRequested: (logging.INFO, "job_cancel_requested"),
+    JobCancelled: (logging.INFO, "job_cancelled"),
+    JobDeleted: (logging.INFO, "job_deleted"),
+    JobExpired: (logging.INFO, "job_expired"),
+    JobPromoted: (logging.DEBUG, "job_promoted"),
+    JobRetried: (logging.INFO, "job_retried"),
+}
+"""The lines of the events that tell no more than which job they happened to."""
+
+
 class EventLog:
     """One line for each change of a job's state: routine at debug, what an operator wants to know at info and up."""
 
@@ -333,7 +350,7 @@ class EventLog:
         self._log = structlog.get_logger("leaseq")
         self._level = logging.getLevelNamesMapping()[level.upper()]
 
-    def on(self, event: QueueEvent) -> None:  # noqa: C901  # one short case an event
+    def on(self, event: QueueEvent) -> None:  # one short case an event
         """Write `event` down."""
         match event:
             case JobEnqueued():
@@ -355,16 +372,8 @@ class EventLog:
                     outcome=event.outcome,
                     state=event.state,
                 )
-            case CancelRequested():
-                self._line(logging.INFO, "job_cancel_requested", event)
-            case JobCancelled():
-                self._line(logging.INFO, "job_cancelled", event)
-            case JobRetried():
-                self._line(logging.INFO, "job_retried", event)
-            case JobDeleted():
-                self._line(logging.INFO, "job_deleted", event)
-            case JobPromoted():
-                self._line(logging.DEBUG, "job_promoted", event)
+            case JobEvent() if type(event) in _PLAIN_LINES:
+                self._line(*_PLAIN_LINES[type(event)], event)
             case MaintenanceRan(changed=changed) if changed:
                 self._log.debug("maintenance_ran", task=event.task, changed=changed)
             case MaintenanceFailed():

@@ -15,7 +15,7 @@ import httpx
 import pytest
 
 from app.main import Machine, Server, build, running
-from app.queue.events import QueueEvent
+from app.queue.events import MaintenanceRan, QueueEvent
 from app.settings import Settings
 from app.store.database import Database
 from app.store.embedded import embedded_database
@@ -139,8 +139,12 @@ class Replica:
     async def maintain(self) -> dict[str, int]:
         """Do one round of maintenance; every task must succeed."""
         changed = await self.machine.service.maintenance.run_once()
-        assert set(changed) == {"days", "reap", "promote", "fold", "retain"}, self.events.events[-5:]
+        assert set(changed) == set(self.machine.service.maintenance.tasks), self.events.events[-5:]
         return changed
+
+    async def first_round(self) -> None:
+        """Wait until the round of maintenance that every replica begins with is over."""
+        await self.events.wait_for(MaintenanceRan, len(self.machine.service.maintenance.tasks))
 
 
 @dataclass

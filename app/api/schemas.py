@@ -138,10 +138,23 @@ class EnqueueBody(Struct, forbid_unknown_fields=True):
     tags: Annotated[list[Tag], Meta(max_length=TAGS_MAX, description="labels to filter by")] = []
     metadata: Annotated[Raw, Meta(description="a free object, up to 4 KiB")] | UnsetType = UNSET
 
+    expires_at: (
+        Annotated[
+            Instant,
+            Meta(description="start deadline: the job is `expired` when no worker has taken it by then"),
+        ]
+        | None
+    ) = None
+    expires_in_seconds: (
+        Annotated[float, Meta(gt=0, le=DELAY_SECONDS_MAX, description="instead of expires_at")] | None
+    ) = None
+
     def to_request(self, traceparent: str | None) -> JobRequest:
         """Translate it for the queue. Raises InvalidRequestError for what the schema can not say."""
         if self.run_at is not None and self.delay_seconds is not None:
             raise InvalidRequestError("run_at", "give run_at or delay_seconds, not both")
+        if self.expires_at is not None and self.expires_in_seconds is not None:
+            raise InvalidRequestError("expires_at", "give expires_at or expires_in_seconds, not both")
         _check_name("queue", self.queue)
         _check_name("type", self.type)
         for tag in self.tags:
@@ -166,6 +179,8 @@ class EnqueueBody(Struct, forbid_unknown_fields=True):
             metadata=metadata,
             # W3C Trace Context: what is malformed is ignored, never refused.
             traceparent=traceparent if traceparent and TRACEPARENT.fullmatch(traceparent) else None,
+            expires_at=None if self.expires_at is None else _utc("expires_at", self.expires_at),
+            expires_in_seconds=self.expires_in_seconds,
         )
 
 

@@ -15,7 +15,14 @@ from datetime import UTC, datetime, timedelta
 
 from app.engine.running import Component
 from app.engine.wakeup import Wakeups
-from app.queue.events import AttemptEnded, JobPromoted, MaintenanceFailed, MaintenanceRan, Observer
+from app.queue.events import (
+    AttemptEnded,
+    JobExpired,
+    JobPromoted,
+    MaintenanceFailed,
+    MaintenanceRan,
+    Observer,
+)
 from app.queue.lifecycle import State
 from app.queue.model import Verdict
 from app.queue.policy import decide_expiry
@@ -86,22 +93,27 @@ class Maintenance(Component):
         self._keeping = keeping
         self._every_seconds = every_seconds
         self._days_due_at = 0.0
-        self._reaping, self._promoting, self._folding = Reach(), Reach(), Reach()
+        self._reaping, self._expiring, self._promoting, self._folding = Reach(), Reach(), Reach(), Reach()
         self._folded_to = 0
         self._promoting_at = math.inf
         self._sooner = asyncio.Event()
 
-    async def run_once(self) -> dict[str, int]:
-        """Take every task's turn once; return how many rows each changed. Failures go to the observer."""
-        tasks: dict[str, Callable[[], Awaitable[int]]] = {
+    @property
+    def tasks(self) -> dict[str, Callable[[], Awaitable[int]]]:
+        """What a round does, in this order; each returns how many rows it changed."""
+        return {
             "reap": self.reap,
+            "expire": self.expire,
             "promote": self.promote,
             "fold": self.fold,
             "retain": self.retain,
             "days": self.days,
         }
+
+    async def run_once(self) -> dict[str, int]:
+        """Take every task's turn once; return how many rows each changed. Failures go to the observer."""
         changed = {}
-        for name, task in tasks.items():
+        for name, task in self.tasks.items():
             began = time.perf_counter()
             try:
                 changed[name] = await task()
@@ -132,6 +144,21 @@ class Maintenance(Component):
         ended = await _while_full(step, BATCH)
         self._reaping.looked(since, now, at_all=ended < BATCH * STEPS_PER_ROUND)
         return ended
+
+    async def expire(self) -> int:
+        """Bury jobs whose start deadline has passed; claims do not hand them out meanwhile."""
+        since = now = self._expiring.since()
+
+        async def step() -> int:
+            nonlocal now
+            expired, now = await self._jobs.expire(BATCH, since)
+            for job in expired:
+                self._observer.on(JobExpired(job_id=job.job_id, queue=job.queue, type=job.type))
+            return len(expired)
+
+        gone = await _while_full(step, BATCH)
+        self._expiring.looked(since, now, at_all=gone < BATCH * STEPS_PER_ROUND)
+        return gone
 
     async def promote(self) -> int:
         """Make delayed jobs ready whose time has come, and call those who wait for them."""

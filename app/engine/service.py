@@ -52,9 +52,9 @@ from app.queue.model import (
     Verdict,
     Word,
 )
-from app.queue.policy import decide_failure, decide_release, resolve
+from app.queue.policy import check_deadline, decide_failure, decide_release, needs_clock, resolve
 from app.store.database import Database
-from app.store.jobs import Claim, Jobs, Line, Moved, Place
+from app.store.jobs import BEGINNING, Claim, Jobs, Line, Moved, Place
 from app.store.reads import Reads, WorkerSeen
 
 LOOKS_MAX = 10
@@ -164,7 +164,9 @@ class Service:
         await self.wakeups.stop()
 
     async def enqueue(self, request: JobRequest) -> Job:
-        """Store one job."""
+        """Store one job. Raises InvalidRequestError for a start deadline before the job is due."""
+        if request.expires_at is not None or request.expires_in_seconds is not None:
+            check_deadline(request, await self._jobs.now() if needs_clock(request) else BEGINNING)
         return await self._enqueues.submit(resolve(request, self._defaults, uuid7()))
 
     async def lease(self, wanted: LeaseRequest, gone: "asyncio.Future[object]") -> Sequence[LeasedJob]:

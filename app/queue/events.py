@@ -67,6 +67,11 @@ class JobCancelled(JobEvent):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class JobExpired(JobEvent):
+    """A job's start deadline passed before any worker took it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class JobRetried(JobEvent):
     """An operator gave a dead job a fresh retry budget."""
 

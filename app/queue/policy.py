@@ -7,6 +7,7 @@ from dataclasses import replace
 from datetime import datetime, timedelta
 from uuid import UUID
 
+from app.queue.errors import InvalidRequestError
 from app.queue.lifecycle import Event, State, next_state
 from app.queue.model import (
     NOTHING_NAMED,
@@ -27,6 +28,8 @@ from app.queue.model import (
 RETRIES_EXHAUSTED = "retries_exhausted"
 NOT_RETRYABLE = "not_retryable"
 CANCELLED = "cancelled"
+
+DEADLINE_TOO_EARLY = "must not be before the job is due"
 
 
 def resolve(request: JobRequest, defaults: JobDefaults, job_id: UUID) -> NewJob:
@@ -53,6 +56,27 @@ def resolve(request: JobRequest, defaults: JobDefaults, job_id: UUID) -> NewJob:
         unique=request.unique,
         dead_letter_queue=request.dead_letter_queue,
     )
+
+
+def needs_clock(request: JobRequest) -> bool:
+    """Whether only the present instant can tell if the request's start deadline is too early."""
+    return request.expires_at is not None or (
+        request.expires_in_seconds is not None and request.run_at is not None
+    )
+
+
+def check_deadline(request: JobRequest, now: datetime) -> None:
+    """Raise InvalidRequestError for a start deadline before the instant at which the job is due."""
+    due_at = now + timedelta(seconds=request.delay_seconds or 0)
+    if request.run_at is not None:
+        due_at = max(due_at, request.run_at)
+    if request.expires_at is not None and request.expires_at < due_at:
+        raise InvalidRequestError("expires_at", DEADLINE_TOO_EARLY)
+    if (
+        request.expires_in_seconds is not None
+        and now + timedelta(seconds=request.expires_in_seconds) < due_at
+    ):
+        raise InvalidRequestError("expires_in_seconds", DEADLINE_TOO_EARLY)
 
 
 def merge_backoff(request: BackoffRequest, default: Backoff) -> Backoff:

@@ -119,6 +119,14 @@ class Promoted:
     place: Place
 
 
+class Expired(NamedTuple):
+    """A job whose start deadline has passed."""
+
+    job_id: UUID
+    queue: str
+    type: str
+
+
 @dataclass(frozen=True, slots=True)
 class Moved:
     """The job that an operator's verb moved, and the state that it left."""
@@ -253,6 +261,7 @@ class Jobs:
                     "look",
                     *_columns([stretch for stretch, _ in several]),
                     [limit for _, limit in several],
+                    self._clock(),
                     line=_LINE[whole],
                 )
                 found += [
@@ -336,6 +345,12 @@ class Jobs:
             if row["id"] is not None
         ]
         return promoted, rows[0]["now"]
+
+    async def expire(self, limit: int, since: datetime = BEGINNING) -> tuple[list[Expired], datetime]:
+        """Bury jobs whose start deadline has passed since then, up to `limit` of each place; return them, and now."""
+        rows = await self._database.fetch("expire", self._clock(), limit, since)
+        expired = [Expired(row["id"], row["queue"], row["type"]) for row in rows if row["id"] is not None]
+        return expired, rows[0]["now"]
 
     async def cancel(self, job_id: UUID) -> Moved | None:
         """Cancel a waiting job, or ask for the end of an active one (then the state left is ACTIVE)."""

@@ -73,7 +73,7 @@ async def without_database(world: World, cluster_url: str) -> AsyncIterator[None
 
 async def last_maintained(world: World, queue: Replica, seconds_ago: int) -> None:
     """Let the only round of maintenance, that of the start, have been so long ago."""
-    await queue.events.wait_for(MaintenanceRan, 5)
+    await queue.first_round()
     connection = await world.connect()
     await connection.execute("UPDATE maintenance SET ran_at = now() - make_interval(secs => $1)", seconds_ago)
 

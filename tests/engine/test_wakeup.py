@@ -16,7 +16,7 @@ from uuid_utils.compat import uuid7
 from app.engine.leasing import LeaseRequest
 from app.engine.wakeup import HINT_BYTES_MAX, Room, Waiter
 from app.queue.errors import UnavailableError
-from app.queue.events import AttemptEnded, JobLeased, MaintenanceRan
+from app.queue.events import AttemptEnded, JobLeased
 from app.queue.model import JobRequest, LeasedJob, Outcome
 from app.queue.policy import resolve
 from app.store.jobs import Line
@@ -182,7 +182,7 @@ async def test_call_that_a_vanished_client_can_not_use_goes_to_the_next_in_line(
 
 
 async def test_second_call_of_who_has_found_a_job_goes_to_the_next_in_line(queue: Replica, world: World):
-    await queue.events.wait_for(MaintenanceRan, 5)
+    await queue.first_round()
     oldest, next_one = await waiting(queue), await waiting(queue)
     first, second = await store_silently(queue), await store_silently(queue)
     connection = await world.connect()
@@ -199,7 +199,7 @@ async def test_second_call_of_who_has_found_a_job_goes_to_the_next_in_line(queue
 async def test_lease_that_is_cut_off_during_its_claim_gives_the_job_to_the_next_in_line(
     queue: Replica, world: World
 ):
-    await queue.events.wait_for(MaintenanceRan, 5)
+    await queue.first_round()
     oldest, next_one = await waiting(queue), await waiting(queue)
     connection = await world.connect()
     async with connection.transaction():
@@ -246,7 +246,7 @@ async def test_lease_waits_at_as_many_lines_as_a_request_may_name(queue: Replica
 
 async def test_waiting_lease_holds_no_connection_and_no_transaction(world: World):
     queue = await world.replica(db_pool_size=2)
-    await queue.events.wait_for(MaintenanceRan, 5)
+    await queue.first_round()
     leasing = [await waiting(queue) for _ in range(20)]
     connection = await world.connect()
     states = await connection.fetch(
@@ -279,7 +279,7 @@ async def test_service_that_drains_answers_who_waits_refuses_new_leases_and_does
 async def test_lease_that_looks_while_the_service_begins_to_drain_keeps_what_it_finds(
     queue: Replica, world: World
 ):
-    await queue.events.wait_for(MaintenanceRan, 5)
+    await queue.first_round()
     leasing = await waiting(queue)
     connection = await world.connect()
     async with connection.transaction():
@@ -463,7 +463,7 @@ async def test_poll_that_nothing_waits_for_asks_the_database_nothing(world: Worl
 
 async def test_poll_that_fails_is_logged_and_tries_again(world: World):
     queue = await world.replica(poll_seconds=QUICK_POLL_SECONDS)
-    await queue.events.wait_for(MaintenanceRan, 5)
+    await queue.first_round()
     leasing = await waiting(queue)
     connection = await world.connect()
     with capture_logs() as logged:

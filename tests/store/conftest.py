@@ -10,7 +10,6 @@ import asyncpg
 import pytest
 
 from app.engine.cursors import Cursors
-from app.queue.events import MaintenanceRan
 from app.store.database import SQL_DIRECTORY
 from app.store.jobs import Claim, Jobs, Line, Slot
 from tests.conftest import Replica, World
@@ -78,7 +77,7 @@ async def logged(queue: Replica) -> AsyncIterator[list[str]]:
 async def idle_replica(world: World, **overrides: Any) -> Replica:
     """Start a replica whose first round of maintenance is over: from now on only the test makes one."""
     replica = await world.replica(**overrides)
-    await replica.events.wait_for(MaintenanceRan, 5)
+    await replica.first_round()
     return replica
 
 

@@ -16,14 +16,14 @@ from uuid_utils.compat import uuid7
 
 from app.engine.cursors import Cursors
 from app.store.database import HOT_SETTINGS, Database, statement
-from app.store.jobs import BEGINNING, CLAIM_SLACKS, Jobs, Line
+from app.store.jobs import BEGINNING, CLAIM_SLACKS, END, Jobs, Line
 from tests.conftest import TEMPLATE, _recreate, with_database
 from tests.store import conftest as store
 
 BATCH = 10
 CLAIM_SLACK = CLAIM_SLACKS[0]
 LEASES = 1000
-HOT_TABLES = {"ready", "jobs", "leases", "scheduled", "notes", "dead", "deltas"}
+HOT_TABLES = {"ready", "jobs", "leases", "scheduled", "held", "notes", "dead", "deltas"}
 
 SEED = """
 INSERT INTO jobs (id, created_at, queue, type, priority, run_at, lease_seconds, max_retries, backoff, budget_start, tags,
@@ -34,12 +34,14 @@ SELECT md5('{place}' || n)::uuid, now(), 'q', 'default', 5, now(), 30, 3,
   FROM generate_series(1, $1::int) AS n"""
 PLACES = {
     "ready": """
-        INSERT INTO ready (id, queue, type, priority, attempt, noted, since)
-        SELECT md5('ready' || n)::uuid, 'q', 'default', 5, 0, false, now() - interval '1 day' + n * interval '1 ms'
+        INSERT INTO ready (id, queue, type, priority, attempt, noted, since, expires_at)
+        SELECT md5('ready' || n)::uuid, 'q', 'default', 5, 0, false, now() - interval '1 day' + n * interval '1 ms',
+               CASE WHEN n % 2 = 0 THEN now() + n * interval '1 day' END
           FROM generate_series(1, $1::int) AS n""",
     "scheduled": """
-        INSERT INTO scheduled (id, queue, type, priority, attempt, noted, run_at, is_retry)
-        SELECT md5('scheduled' || n)::uuid, 'q', 'default', 5, 0, false, now() - interval '1 s' * (100 - n), false
+        INSERT INTO scheduled (id, queue, type, priority, attempt, noted, run_at, is_retry, expires_at)
+        SELECT md5('scheduled' || n)::uuid, 'q', 'default', 5, 0, false, now() - interval '1 s' * (100 - n), false,
+               CASE WHEN n % 2 = 0 THEN now() + n * interval '1 day' END
           FROM generate_series(1, $1::int) AS n""",
     "leases": """
         INSERT INTO leases (id, queue, type, priority, attempt, noted, lease_id, since, leased_at, expires_at,
@@ -379,6 +381,17 @@ class TestMaintaining:
         few = await databases["small_never_analysed"].explain("promote", None, BATCH, BEGINNING)
         many = await databases["large"].explain("promote", None, BATCH, BEGINNING)
         assert many.buffers <= 1.5 * few.buffers
+
+    async def test_an_expiry_reads_what_is_past_its_deadline(self, seeded: Seeded):
+        plan = await seeded.explain("expire", END, BATCH, BEGINNING)
+        plan.assert_reads_only_what_it_takes(2 * BATCH)
+        assert plan.rows == (2 * BATCH if seeded.ready else 1)
+
+    async def test_an_expiry_reads_no_job_that_may_still_be_started(self, seeded: Seeded):
+        plan = await seeded.explain("expire", None, BATCH, BEGINNING)
+        plan.assert_reads_only_what_it_takes(1)
+        # A look at each of the three indexes, and the count of what there was.
+        assert plan.buffers <= 12
 
     async def test_the_reaper_reads_what_has_expired(self, seeded: Seeded):
         plan = await seeded.explain("lock_expired", None, BATCH, BEGINNING)

@@ -478,6 +478,75 @@ class TestCancelling:
         ] * 2
 
 
+class TestExpiring:
+    """A start deadline against whoever has the job's place in hand at that moment."""
+
+    @pytest.fixture
+    async def other(self, world: World) -> Replica:
+        return await idle_replica(world)
+
+    @pytest.fixture
+    async def late(self, queue: Replica, other: Replica, moved: Clock) -> dict[str, Any]:
+        """A ready job whose deadline is now, to the microsecond."""
+        assert other is not queue
+        job = await queue.enqueue(expires_in_seconds=10)
+        moved.move(10)
+        return job
+
+    async def test_an_expiry_passes_over_a_job_that_is_being_leased(
+        self, world: World, queue: Replica, other: Replica, moved: Clock
+    ):
+        job = await queue.enqueue(expires_in_seconds=10)
+        async with holding(world, LEASING, UUID(job["id"])):
+            lease = asyncio.create_task(queue.lease())
+            await world.blocked()
+            moved.move(10)
+            assert (await other.maintain())["expire"] == 0
+        assert [leased["id"] for leased in await lease] == [job["id"]]
+        assert (await other.maintain())["expire"] == 0
+        assert (await queue.job(job["id"]))["state"] == "active"
+
+    async def test_a_lease_passes_over_a_job_that_is_being_expired(
+        self, world: World, queue: Replica, other: Replica, late: dict[str, Any]
+    ):
+        async with holding(world, BODY, late["id"]):
+            expiry = asyncio.create_task(other.machine.service.maintenance.expire())
+            await world.blocked()
+            assert await queue.lease() == []
+        assert await expiry == 1
+        assert (await queue.job(late["id"]))["state"] == "expired"
+
+    async def test_a_cancel_that_comes_while_the_job_expires_finds_it_expired(
+        self, world: World, queue: Replica, other: Replica, late: dict[str, Any]
+    ):
+        async with holding(world, BODY, late["id"]):
+            expiry = asyncio.create_task(other.machine.service.maintenance.expire())
+            await world.blocked()
+            cancel = asyncio.create_task(call(queue, "cancel", late))
+            await world.blocked(2)
+        assert await expiry == 1
+        answer = await cancel
+        assert (answer.status_code, answer.json()["code"]) == (409, "wrong_state")
+        assert (await queue.job(late["id"]))["state"] == "expired"
+
+    async def test_an_expiry_passes_over_a_job_that_is_being_cancelled(
+        self, world: World, queue: Replica, other: Replica, late: dict[str, Any]
+    ):
+        async with holding(world, BODY, late["id"]):
+            cancel = asyncio.create_task(call(queue, "cancel", late))
+            await world.blocked()
+            assert await other.machine.service.maintenance.expire() == 0
+        assert (await cancel).json()["state"] == "cancelled"
+
+    async def test_two_maintainers_expire_every_job_once(self, queue: Replica, other: Replica, moved: Clock):
+        for _ in range(20):
+            await queue.enqueue(expires_in_seconds=10)
+        moved.move(10)
+        gone = await asyncio.gather(*(each.machine.service.maintenance.expire() for each in (queue, other)))
+        assert sum(gone) == 20
+        assert (await queue.stats())["expired"] == 20
+
+
 class TestOperating:
     async def dead_job(self, queue: Replica) -> dict[str, Any]:
         job = await leased_job(queue)

@@ -12,15 +12,24 @@ WITH verdict AS MATERIALIZED (
    CROSS JOIN LATERAL (SELECT l.* FROM {schema}.leases AS l WHERE l.id = t.id OFFSET 0) AS mine
 ), gone AS (
   DELETE FROM {schema}.leases WHERE id = ANY (ARRAY(SELECT id FROM verdict))
-), waiting AS (
-  INSERT INTO {schema}.ready (id, queue, type, priority, attempt, noted, since)
-  SELECT id, queue, type, priority, attempt, noted, since
+), unstarted AS MATERIALIZED (
+  -- A job whose first attempt was given back has not been started: its deadline holds again.
+  SELECT verdict.id, body.expires_at
     FROM verdict
+   CROSS JOIN LATERAL (SELECT b.expires_at FROM {schema}.jobs AS b WHERE b.id = verdict.id OFFSET 0) AS body
+   WHERE verdict.attempt = 0 AND body.expires_at IS NOT NULL
+), waiting AS (
+  INSERT INTO {schema}.ready (id, queue, type, priority, attempt, noted, since, expires_at)
+  SELECT verdict.id, queue, type, priority, attempt, noted, since, unstarted.expires_at
+    FROM verdict
+    LEFT JOIN unstarted ON unstarted.id = verdict.id
    WHERE state = 'ready'
 ), delayed AS (
-  INSERT INTO {schema}.scheduled (id, queue, type, priority, attempt, noted, run_at, is_retry)
-  SELECT id, queue, type, priority, attempt, noted OR error IS NOT NULL, run_at, state = 'retry'
+  INSERT INTO {schema}.scheduled (id, queue, type, priority, attempt, noted, run_at, is_retry, expires_at)
+  SELECT verdict.id, queue, type, priority, attempt, noted OR error IS NOT NULL, run_at, state = 'retry',
+         unstarted.expires_at
     FROM verdict
+    LEFT JOIN unstarted ON unstarted.id = verdict.id
    WHERE state IN ('scheduled', 'retry')
 ), noted AS (
   INSERT INTO {schema}.notes (job_id, last_error, error_type)

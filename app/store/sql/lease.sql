@@ -6,6 +6,7 @@
 -- what other claims have locked at this moment can be passed over. `taken` locks one by one and stops at the
 -- limit: what is not handed out is not kept from other claims (but for what no reply has room for, until the
 -- COMMIT). Rows of `ready` are never updated, so their ctid stays theirs for the length of this statement.
+-- What is past its start deadline is seen by nobody: `expire` takes it away.
 -- A reply stops before $11 bytes of payload, though never before its first job.
 -- There is always one row: `seen` tells an empty line from a line that others hold at this moment, and `passed_…` where
 -- the first job stands, at each priority, that was seen and not taken.
@@ -21,6 +22,7 @@ WITH candidate AS MATERIALIZED (
                     FROM {schema}.ready AS r
                    WHERE {line} = stretch.line AND r.priority = stretch.priority
                      AND r.since >= stretch.since AND r.since <= stretch.until
+                     AND (r.expires_at IS NULL OR r.expires_at > coalesce($1::timestamptz, now()))
                    ORDER BY r.since
                    LIMIT $6::int + $7::int) AS probe
            WHERE stretch.priority = level.priority
