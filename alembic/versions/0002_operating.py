@@ -61,7 +61,9 @@ CREATE TABLE schedules (
     payload BYTEA NOT NULL,
     paused BOOLEAN NOT NULL,
     created_at TIMESTAMP WITH TIME ZONE NOT NULL,
+    anchored_at TIMESTAMP WITH TIME ZONE NOT NULL,
     next_fire_at TIMESTAMP WITH TIME ZONE,
+    job_ids UUID[] NOT NULL,
     PRIMARY KEY (name)
 );
 CREATE INDEX schedules_due ON schedules (next_fire_at) WHERE NOT paused;
@@ -69,11 +71,13 @@ CREATE INDEX schedules_due ON schedules (next_fire_at) WHERE NOT paused;
 CREATE TABLE schedule_runs (
     schedule TEXT COLLATE "C" NOT NULL,
     fire_at TIMESTAMP WITH TIME ZONE NOT NULL,
+    triggered BOOLEAN NOT NULL,
     decided_at TIMESTAMP WITH TIME ZONE NOT NULL,
     outcome TEXT NOT NULL,
     reason TEXT,
+    fires INTEGER NOT NULL,
     job_id UUID,
-    PRIMARY KEY (schedule, fire_at)
+    PRIMARY KEY (schedule, fire_at, triggered)
 );
 
 CREATE TABLE changes (

@@ -364,8 +364,12 @@ schedules = Table(
     Column("payload", LargeBinary, nullable=False),
     Column("paused", Boolean, nullable=False),
     Column("created_at", _instant(), nullable=False),
-    # Null when it will not fire again.
+    # From when on an interval counts: its creation, or the last change of its rhythm.
+    Column("anchored_at", _instant(), nullable=False),
+    # The first fire that nobody has decided yet; null when it will not fire again.
     Column("next_fire_at", _instant()),
+    # Its newest jobs, the last one last: who does not want them to overlap asks whether any of them still lives.
+    Column("job_ids", ARRAY(Uuid), nullable=False),
     Index("schedules_due", "next_fire_at", postgresql_where=text("NOT paused")),
 )
 
@@ -375,9 +379,13 @@ schedule_runs = Table(
     Column("schedule", _name(), primary_key=True),
     # When it was to fire: the key is what lets it fire once only.
     Column("fire_at", _instant(), primary_key=True),
+    # By hand: that takes nothing away from what the schedule itself does at the same instant.
+    Column("triggered", Boolean, primary_key=True),
     Column("decided_at", _instant(), nullable=False),
     Column("outcome", Text, nullable=False),
     Column("reason", Text),
+    # How many fires, from fire_at on, it stands for: those that were missed together are one run.
+    Column("fires", Integer, nullable=False),
     Column("job_id", Uuid),
 )
 
