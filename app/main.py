@@ -17,6 +17,7 @@ from app.api.operate import show_process
 from app.api.protocol import Protocol
 from app.engine.maintenance import Keeping
 from app.engine.service import Service
+from app.engine.watching import Watching
 from app.queue.errors import UnavailableError
 from app.queue.events import Observer
 from app.settings import Settings
@@ -67,15 +68,17 @@ def build(
     )
     jobs = Jobs(database, clock)
     metrics = Metrics(process)
+    watching = Watching(database, jobs, settings.max_job_watchers)
     service = Service(
         database,
         jobs,
-        Everyone([metrics, EventLog(settings.log_level), *observers]),
+        Everyone([metrics, EventLog(settings.log_level), watching, *observers]),
         settings.defaults,
         Keeping(completed_seconds=settings.retention_seconds, dead_seconds=settings.dead_retention_seconds),
         maintenance_seconds=settings.maintenance_seconds,
         poll_seconds=settings.poll_seconds,
         max_lease_waiters=settings.max_lease_waiters,
+        watching=watching,
     )
     api = create_api(
         service,

@@ -74,6 +74,11 @@ class Settings(BaseSettings):
     max_lease_waiters: int = Field(
         default=10_000, ge=1, description="leases that may wait at once, shared out between the processes"
     )
+    max_job_watchers: int = Field(
+        default=2_000,
+        ge=1,
+        description="requests that may wait at once for the end of a job, shared out between the processes",
+    )
     db_pool_size: int = Field(
         default=8,
         ge=1,

@@ -140,7 +140,7 @@ class Metrics:
         )
         self._request_seconds = Histogram(
             "leaseq_http_request_duration_seconds",
-            "From the request to the end of its answer, but for leases: they last as long as they wait",
+            "From the request to the end of its answer, but for those that wait: they last as long as they wait",
             ["handler", "method"],
             buckets=_REQUESTS,
             registry=self._counted,
@@ -153,6 +153,9 @@ class Metrics:
             "leaseq_maintenance_failures", "Turns of a maintenance task that failed", "task"
         )
         self._waiters = self._gauge("leaseq_lease_waiters", "Leases that wait", "livesum")
+        self._watchers = self._gauge(
+            "leaseq_job_watchers", "Requests that wait for the end of a job", "livesum"
+        )
         self._listening = self._gauge(
             "leaseq_listening", "1 while hints from other processes are heard", "livemin"
         )
@@ -185,8 +188,8 @@ class Metrics:
             case _:
                 pass
 
-    def request(self, handler: str, method: str, status: str, took_seconds: float) -> None:
-        """Note a request: its route's path, and its status as `2xx`."""
+    def request(self, handler: str, method: str, status: str, took_seconds: float | None) -> None:
+        """Note a request: its route's path, its status as `2xx`, and how long it took; None where it chose to wait."""
         label = handler, method, status
         found = self._request_metrics.get(label)
         if found is None:
@@ -194,7 +197,7 @@ class Metrics:
             found = self._request_metrics[label] = (self._requests.labels(*label), timed)
         count, seconds = found
         count.inc()
-        if seconds is not None:
+        if seconds is not None and took_seconds is not None:
             seconds.observe(took_seconds)
 
     def gauges_due(self) -> bool:
@@ -204,9 +207,12 @@ class Metrics:
         self._gauges_read_at = time.monotonic()
         return True
 
-    def show_process(self, *, waiters: int, listening: bool, pool_size: int, pool_idle: int) -> None:
+    def show_process(
+        self, *, waiters: int, watchers: int, listening: bool, pool_size: int, pool_idle: int
+    ) -> None:
         """Set the gauges that this process knows by itself."""
         self._waiters.set(waiters)
+        self._watchers.set(watchers)
         self._listening.set(listening)
         self._pool.labels("idle").set(pool_idle)
         self._pool.labels("used").set(pool_size - pool_idle)

@@ -7,7 +7,7 @@ from fastapi.routing import APIRoute
 from prometheus_fastapi_instrumentator import Instrumentator
 from prometheus_fastapi_instrumentator.metrics import Info
 
-from app.api import openapi, operate, problems, work
+from app.api import openapi, operate, problems, watch, work
 from app.api.front import Front, Unexpected
 from app.api.thin import ThinRoute
 from app.engine.service import Service
@@ -37,6 +37,7 @@ def create_api(service: Service, metrics: Metrics, *, body_bytes_max: int, paylo
     ]
     app.router.routes[:0] = thin
     app.include_router(operate.router(service, metrics))
+    app.include_router(watch.router(service))
     problems.install(app)
     app.add_middleware(Unexpected)
     _instrument(app, metrics)
@@ -46,7 +47,8 @@ def create_api(service: Service, metrics: Metrics, *, body_bytes_max: int, paylo
 
 def _instrument(app: FastAPI, metrics: Metrics) -> None:
     def note(info: Info) -> None:
-        metrics.request(info.modified_handler, info.method, info.modified_status, info.modified_duration)
+        took = None if watch.waits(info.request) else info.modified_duration
+        metrics.request(info.modified_handler, info.method, info.modified_status, took)
 
     Instrumentator(
         excluded_handlers=NOBODYS_WORK, should_group_untemplated=True, registry=metrics.registry

@@ -100,15 +100,6 @@ def router(service: Service, metrics: Metrics) -> APIRouter:  # noqa: C901  # a 
         )
 
     @routes.get(
-        "/jobs/{job_id}",
-        tags=["Inspect"],
-        summary="Show a job",
-        openapi_extra=answers(JobReply, "The job as it stands.", "not_found"),
-    )
-    async def show_job(job_id: JobId) -> Response:
-        return json_response(JobReply.of(await service.job(job_id_of(job_id))))
-
-    @routes.get(
         "/jobs/{job_id}/attempts",
         tags=["Inspect"],
         summary="List a job's attempts",
@@ -229,6 +220,7 @@ def show_process(service: Service, metrics: Metrics) -> None:
     size, idle = service.pool_usage()
     metrics.show_process(
         waiters=service.wakeups.waiters,
+        watchers=service.watching.watchers,
         listening=service.wakeups.listening.is_set(),
         pool_size=size,
         pool_idle=idle,

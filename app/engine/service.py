@@ -21,6 +21,7 @@ from app.engine.leasing import Claims, LeaseRequest
 from app.engine.maintenance import Keeping, Maintenance, attempt_ended, ready_places
 from app.engine.running import TaskOwner
 from app.engine.wakeup import Wakeups
+from app.engine.watching import Watching
 from app.queue.errors import JobNotFoundError, LeaseLostError, QueueError, UnavailableError, WrongStateError
 from app.queue.events import (
     CancelRequested,
@@ -123,6 +124,7 @@ class Service:
         maintenance_seconds: float,
         poll_seconds: float,
         max_lease_waiters: int,
+        watching: Watching,
     ) -> None:
         self._database = database
         self._jobs = jobs
@@ -141,23 +143,27 @@ class Service:
         self._endings = Batcher(self._grouped(jobs.conclude), key=_job_id, told=self._note)
         self._heartbeats = Batcher(self._grouped(jobs.heartbeat), key=_job_id)
         self._alone = asyncio.Semaphore(ALONE_MAX)
+        self.watching = watching
         self.wakeups = Wakeups(database, jobs, self._cursors, poll_seconds)
         self.maintenance = Maintenance(jobs, self.wakeups, observer, keeping, maintenance_seconds)
 
     async def start(self) -> None:
         """Begin to listen for hints and to do maintenance."""
         await self.wakeups.start()
+        await self.watching.start()
         await self.maintenance.start()
 
     def drain(self) -> None:
-        """Be ready to stop: waiting leases are answered at once, new ones refused, everything else goes on."""
+        """Be ready to stop: whoever waits is answered at once, new leases are refused, everything else goes on."""
         self._draining = True
         self.wakeups.send_all_away()
+        self.watching.send_all_away()
 
     async def stop(self) -> None:
         """Stop what runs in the background; requests must have ended."""
         self.drain()
         await self.maintenance.stop()
+        await self.watching.stop()
         for line in (self._enqueues, self._claims, self._acks, self._endings, self._heartbeats):
             await line.drained()
         await self._owner.settle(GIVE_BACK_SECONDS_MAX)
@@ -245,10 +251,7 @@ class Service:
 
     async def job(self, job_id: UUID) -> Job:
         """Return a job as it stands. Raises JobNotFoundError."""
-        job = await self._reads.job(job_id)
-        if job is None:
-            raise JobNotFoundError
-        return job
+        return await self._reads.require(job_id)
 
     async def page(self, wanted: JobFilter, limit: int, before: UUID | None) -> tuple[list[Job], UUID | None]:
         """Return a page of jobs, newest first, and the id after which the next one begins."""

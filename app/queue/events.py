@@ -4,7 +4,7 @@ An event is published after its COMMIT and never carries a payload, a result or 
 """
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 from uuid import UUID
 
 from app.queue.lifecycle import State
@@ -104,6 +104,42 @@ class MaintenanceFailed:
 
 
 QueueEvent = JobEvent | MaintenanceRan | MaintenanceFailed
+
+
+class Happening(NamedTuple):
+    """What an event is to those who watch jobs from outside."""
+
+    name: str
+    state: State
+    """The job's state from then on."""
+
+
+def told(event: QueueEvent) -> Happening | None:  # noqa: PLR0911  # one line a kind
+    """Return what is told of `event` to those who watch jobs; None when nothing is."""
+    match event:
+        case JobEnqueued():
+            return Happening("job.enqueued", event.state)
+        case JobLeased():
+            return Happening("job.leased", State.ACTIVE)
+        case JobCompleted():
+            return Happening("job.completed", State.COMPLETED)
+        case AttemptEnded():
+            return Happening(_ENDS[event.state], event.state)
+        case JobCancelled():
+            return Happening("job.cancelled", State.CANCELLED)
+        case JobRetried():
+            return Happening("job.retry", State.READY)
+        case _:
+            return None
+
+
+_ENDS = {
+    State.READY: "job.released",
+    State.SCHEDULED: "job.released",
+    State.RETRY: "job.retry",
+    State.FAILED: "job.failed",
+    State.CANCELLED: "job.cancelled",
+}
 
 
 class Observer(Protocol):

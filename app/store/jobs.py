@@ -321,6 +321,10 @@ class Jobs:
 
         return await self._keeping(lambda: self._database.transact(work))
 
+    async def living(self, job_ids: Sequence[UUID]) -> set[UUID]:
+        """Return those of the jobs that have not ended."""
+        return {row["id"] for row in await self._database.fetch("living", job_ids)}
+
     async def stands(self, job_id: UUID, lease_id: UUID) -> bool:
         """Whether the lease stands, in whoever's hands it is at this moment."""
         return bool(await self._database.fetch("stands", job_id, lease_id))

@@ -35,6 +35,7 @@ from sqlalchemy.dialects.postgresql import TIMESTAMP
 from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.types import TypeEngine
 
+from app.queue.errors import JobNotFoundError
 from app.queue.lifecycle import State
 from app.queue.model import Attempt, Job, JobFilter, Outcome
 from app.store.database import Database, unavailable_when_away
@@ -104,6 +105,13 @@ class Reads:
         found = union_all(*(select(place).where(place.c.id == job_id) for place in places)).subquery()
         rows = await self._look(select(*_shown(found)))
         return job_of(rows[0]) if rows else None
+
+    async def require(self, job_id: UUID) -> Job:
+        """Return the job, wherever it stands. Raises JobNotFoundError."""
+        job = await self.job(job_id)
+        if job is None:
+            raise JobNotFoundError
+        return job
 
     async def states(self, job_ids: Sequence[UUID]) -> dict[UUID, State]:
         """Return the states of those of the jobs that there are."""
