@@ -127,6 +127,8 @@ def told(event: QueueEvent) -> Happening | None:  # noqa: PLR0911  # one line a 
             return Happening(_ENDS[event.state], event.state)
         case JobCancelled():
             return Happening("job.cancelled", State.CANCELLED)
+        case JobExpired():
+            return Happening("job.expired", State.EXPIRED)
         case JobRetried():
             return Happening("job.retry", State.READY)
         case _:

@@ -92,6 +92,15 @@ async def test_the_end_by_the_reaper_answers_too(queue: Replica):
 
 
 @pytest.mark.usefixtures("no_looks")
+async def test_the_end_by_the_start_deadline_answers_too(queue: Replica):
+    job = await queue.enqueue(expires_in_seconds=60)
+    reply = await watched(queue, job)
+    queue.clock.move(61)
+    await queue.maintain()
+    assert (await reply).json()["state"] == "expired"
+
+
+@pytest.mark.usefixtures("no_looks")
 async def test_a_retry_is_no_end(queue: Replica):
     job = await queue.enqueue(backoff={"initial_seconds": 0})
     reply = await watched(queue, job)
