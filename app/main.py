@@ -75,6 +75,7 @@ def build(
         Everyone([metrics, EventLog(settings.log_level), watching, *observers]),
         settings.defaults,
         Keeping(completed_seconds=settings.retention_seconds, dead_seconds=settings.dead_retention_seconds),
+        create_queues=settings.create_queues,
         maintenance_seconds=settings.maintenance_seconds,
         poll_seconds=settings.poll_seconds,
         max_lease_waiters=settings.max_lease_waiters,
@@ -100,6 +101,7 @@ async def connected(machine: Machine) -> AsyncIterator[Machine]:
         await ensure_migrated(machine.database, migrate=machine.settings.migrate)
         await machine.database.start()
         await machine.jobs.prepare()
+        await machine.service.copies.load()
         yield machine
     finally:
         await machine.database.close()

@@ -49,6 +49,9 @@ class Settings(BaseSettings):
     auth: Literal["required", "off"] = Field(
         default="required", description="`off`: serve without API keys on any address"
     )
+    create_queues: bool = Field(
+        default=True, description="queues appear on first use; `false`: only those that were made take jobs"
+    )
     max_retries: int = Field(default=3, ge=0, le=10_000, description="retries where a job names none")
     backoff_strategy: BackoffStrategy = Field(
         default=BackoffStrategy.EXPONENTIAL, description="`exponential`, `linear` or `fixed`"

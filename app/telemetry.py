@@ -40,6 +40,7 @@ from app.queue.events import (
     MaintenanceFailed,
     MaintenanceRan,
     Observer,
+    QueueChanged,
     QueueEvent,
 )
 from app.queue.lifecycle import State
@@ -380,6 +381,8 @@ class EventLog:
                 )
             case JobEvent() if type(event) in _PLAIN_LINES:
                 self._line(*_PLAIN_LINES[type(event)], event)
+            case QueueChanged():
+                self._log.info("queue_changed", queue=event.queue, change=event.change)
             case MaintenanceRan(changed=changed) if changed:
                 self._log.debug("maintenance_ran", task=event.task, changed=changed)
             case MaintenanceFailed():

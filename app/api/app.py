@@ -7,7 +7,7 @@ from fastapi.routing import APIRoute
 from prometheus_fastapi_instrumentator import Instrumentator
 from prometheus_fastapi_instrumentator.metrics import Info
 
-from app.api import openapi, operate, problems, watch, work
+from app.api import openapi, operate, problems, queues, watch, work
 from app.api.front import Front, Unexpected
 from app.api.thin import ThinRoute
 from app.engine.service import Service
@@ -33,11 +33,12 @@ def create_api(service: Service, metrics: Metrics, *, body_bytes_max: int, paylo
     one_bytes_max = min(body_bytes_max, payload_bytes_max + ENVELOPE_BYTES_MAX)
     thin = [
         ThinRoute(operation, body_bytes_max if operation.takes_many else one_bytes_max)
-        for operation in work.operations(service, payload_bytes_max)
+        for operation in (*work.operations(service, payload_bytes_max), *queues.operations(service))
     ]
     app.router.routes[:0] = thin
     app.include_router(operate.router(service, metrics))
     app.include_router(watch.router(service))
+    app.include_router(queues.router(service))
     problems.install(app)
     app.add_middleware(Unexpected)
     _instrument(app, metrics)

@@ -89,7 +89,7 @@ def _thin_operation(operation: Operation, schemas: dict[str, Any]) -> dict[str, 
         str(status): _answer(text, operation.reply, schemas) for status, text in operation.statuses.items()
     }
     if "201" in good:
-        good["201"]["headers"] = {"Location": {"description": "the job's path", "schema": {"type": "string"}}}
+        good["201"]["headers"] = {"Location": {"description": "its path", "schema": {"type": "string"}}}
     bad = _problems((*operation.problems, *ANY_BODY, *ANY_REQUEST), schemas)
     described: dict[str, Any] = {
         "tags": [operation.tag],

@@ -69,9 +69,24 @@ Priority = (
 )
 LeaseSeconds = Annotated[float, Meta(ge=LEASE_SECONDS_MIN, le=LEASE_SECONDS_MAX)]
 DelaySeconds = Annotated[float, Meta(ge=0, le=DELAY_SECONDS_MAX)]
+TimeoutSeconds = Annotated[
+    float,
+    Meta(
+        ge=LEASE_SECONDS_MIN,
+        le=30 * DAY_SECONDS,
+        description="hard limit for one attempt; heartbeats can not pass it",
+    ),
+]
+MaxRetries = Annotated[int, Meta(ge=0, le=10_000, description="retries after the first attempt")]
+ExpiresInSeconds = Annotated[float, Meta(gt=0, le=DELAY_SECONDS_MAX)]
 Instant = Annotated[datetime, Meta(tz=True, description="RFC 3339 with a zone")]
 Json = Annotated[Raw, Meta(description="any JSON; comes back value for value, numbers included")]
 LeaseId = Annotated[str, Meta(description="the token that the lease reply carried: new at every attempt")]
+
+
+def priority_of(priority: Priority | None) -> int | None:
+    """Return a priority as a number."""
+    return PRIORITIES[priority] if isinstance(priority, str) else priority
 
 
 class BackoffBody(Struct, forbid_unknown_fields=True):
@@ -106,12 +121,17 @@ class EnqueueBody(Struct, forbid_unknown_fields=True):
     queue: Name
     type: Annotated[Name, Meta(description="which handler runs it")] = "default"
     payload: Json | UnsetType = UNSET
-    priority: Annotated[
-        Priority,
-        Meta(
-            description="`fast` = 10, `normal` = 5, `bulk` = 1, or 0 to 10; higher first, equals oldest first"
-        ),
-    ] = "normal"
+    priority: (
+        Annotated[
+            Priority,
+            Meta(
+                description=(
+                    "`fast` = 10, `normal` = 5 (the default), `bulk` = 1, or 0 to 10; higher first, equals oldest first"
+                )
+            ),
+        ]
+        | None
+    ) = None
     run_at: Annotated[Instant, Meta(description="not before; the past means now")] | None = None
     delay_seconds: Annotated[DelaySeconds, Meta(description="instead of run_at")] | None = None
     lease_seconds: (
@@ -120,20 +140,8 @@ class EnqueueBody(Struct, forbid_unknown_fields=True):
         ]
         | None
     ) = None
-    timeout_seconds: (
-        Annotated[
-            float,
-            Meta(
-                ge=LEASE_SECONDS_MIN,
-                le=30 * DAY_SECONDS,
-                description="hard limit for one attempt; heartbeats can not pass it",
-            ),
-        ]
-        | None
-    ) = None
-    max_retries: (
-        Annotated[int, Meta(ge=0, le=10_000, description="retries after the first attempt")] | None
-    ) = None
+    timeout_seconds: TimeoutSeconds | None = None
+    max_retries: MaxRetries | None = None
     backoff: BackoffBody | None = None
     tags: Annotated[list[Tag], Meta(max_length=TAGS_MAX, description="labels to filter by")] = []
     metadata: Annotated[Raw, Meta(description="a free object, up to 4 KiB")] | UnsetType = UNSET
@@ -145,9 +153,7 @@ class EnqueueBody(Struct, forbid_unknown_fields=True):
         ]
         | None
     ) = None
-    expires_in_seconds: (
-        Annotated[float, Meta(gt=0, le=DELAY_SECONDS_MAX, description="instead of expires_at")] | None
-    ) = None
+    expires_in_seconds: Annotated[ExpiresInSeconds, Meta(description="instead of expires_at")] | None = None
 
     def to_request(self, traceparent: str | None) -> JobRequest:
         """Translate it for the queue. Raises InvalidRequestError for what the schema can not say."""
@@ -155,8 +161,8 @@ class EnqueueBody(Struct, forbid_unknown_fields=True):
             raise InvalidRequestError("run_at", "give run_at or delay_seconds, not both")
         if self.expires_at is not None and self.expires_in_seconds is not None:
             raise InvalidRequestError("expires_at", "give expires_at or expires_in_seconds, not both")
-        _check_name("queue", self.queue)
-        _check_name("type", self.type)
+        check_name("queue", self.queue)
+        check_name("type", self.type)
         for tag in self.tags:
             _check_clean("tags", tag)
         metadata = b"{}" if self.metadata is UNSET else bytes(self.metadata)
@@ -168,7 +174,7 @@ class EnqueueBody(Struct, forbid_unknown_fields=True):
             queue=self.queue,
             type=self.type,
             payload=b"null" if self.payload is UNSET else bytes(self.payload),
-            priority=PRIORITIES[self.priority] if isinstance(self.priority, str) else self.priority,
+            priority=priority_of(self.priority),
             run_at=None if self.run_at is None else _utc("run_at", self.run_at),
             delay_seconds=self.delay_seconds,
             lease_seconds=self.lease_seconds,
@@ -304,9 +310,9 @@ class LeaseBody(Struct, forbid_unknown_fields=True):
     def to_request(self) -> LeaseRequest:
         """Translate it for the queue. Raises InvalidRequestError for what the schema can not say."""
         for queue in self.queues:
-            _check_name("queues", queue)
+            check_name("queues", queue)
         for type_ in self.types or ():
-            _check_name("types", type_)
+            check_name("types", type_)
         if self.worker is not None:
             _check_clean("worker", self.worker)
         if len(self.queues) * len(self.types or [""]) > LINES_MAX:
@@ -628,10 +634,16 @@ def _raw(text: bytes | None) -> Raw | None:
     return None if text is None else Raw(text)
 
 
-def _check_name(field: str, name: str) -> None:
+def is_name(text: str) -> bool:
+    """Whether a queue or a type can have this name."""
     # The schema's `$` lets a line break at the end pass.
-    if not _NAME.fullmatch(name):
-        raise InvalidRequestError(field, "must be letters, digits and . _ : -")
+    return len(text) <= NAME_LENGTH_MAX and _NAME.fullmatch(text) is not None
+
+
+def check_name(field: str, name: str) -> None:
+    """Raise InvalidRequestError for what is no name."""
+    if not is_name(name):
+        raise InvalidRequestError(field, "must be letters, digits and . _ : -, the first a letter or digit")
 
 
 def _check_clean(field: str, text: str) -> None:

@@ -16,9 +16,12 @@ from uuid import UUID
 from uuid_utils.compat import uuid7
 
 from app.engine.batching import Batcher
+from app.engine.copies import Copies
 from app.engine.cursors import Cursors
 from app.engine.leasing import Claims, LeaseRequest
 from app.engine.maintenance import Keeping, Maintenance, attempt_ended, ready_places
+from app.engine.policies import Policies
+from app.engine.queues import Queues
 from app.engine.running import TaskOwner
 from app.engine.wakeup import Wakeups
 from app.engine.watching import Watching
@@ -33,7 +36,7 @@ from app.queue.events import (
     JobRetried,
     Observer,
 )
-from app.queue.lifecycle import COUNTED_AS, TERMINAL, Event, State, may
+from app.queue.lifecycle import TERMINAL, Event, State, may, summed_up
 from app.queue.model import (
     Ack,
     Attempt,
@@ -53,9 +56,11 @@ from app.queue.model import (
     Verdict,
     Word,
 )
-from app.queue.policy import check_deadline, decide_failure, decide_release, needs_clock, resolve
+from app.queue.policy import check_deadline, decide_failure, decide_release, needs_clock
 from app.store.database import Database
 from app.store.jobs import BEGINNING, Claim, Jobs, Line, Moved, Place
+from app.store.queues import TOPIC as QUEUES
+from app.store.queues import StoredQueues
 from app.store.reads import Reads, WorkerSeen
 
 LOOKS_MAX = 10
@@ -121,6 +126,7 @@ class Service:
         defaults: JobDefaults,
         keeping: Keeping,
         *,
+        create_queues: bool,
         maintenance_seconds: float,
         poll_seconds: float,
         max_lease_waiters: int,
@@ -130,7 +136,6 @@ class Service:
         self._jobs = jobs
         self._reads = Reads(database)
         self._observer = observer
-        self._defaults = defaults
         self._max_lease_waiters = max_lease_waiters
         self._draining = False
         self._owner = TaskOwner()
@@ -144,11 +149,23 @@ class Service:
         self._heartbeats = Batcher(self._grouped(jobs.heartbeat), key=_job_id)
         self._alone = asyncio.Semaphore(ALONE_MAX)
         self.watching = watching
-        self.wakeups = Wakeups(database, jobs, self._cursors, poll_seconds)
+        stored = StoredQueues(database)
+        self.wakeups = Wakeups(
+            database,
+            jobs,
+            self._cursors,
+            poll_seconds,
+            lambda topics: self.copies.hint(topics),  # noqa: PLW0108  # each of the two needs the other
+        )
+        self.copies = Copies(stored.change_numbers, self.wakeups.tell_change)
+        self.policies = Policies(stored, defaults, strict=not create_queues)
+        self.copies.keep(QUEUES, self.policies.load)
+        self.queues = Queues(stored, self.copies, observer, self.oldest_ready_seconds)
         self.maintenance = Maintenance(jobs, self.wakeups, observer, keeping, maintenance_seconds)
 
     async def start(self) -> None:
-        """Begin to listen for hints and to do maintenance."""
+        """Begin to listen for hints and to do maintenance; the copies must have been loaded."""
+        await self.copies.start()
         await self.wakeups.start()
         await self.watching.start()
         await self.maintenance.start()
@@ -168,12 +185,11 @@ class Service:
             await line.drained()
         await self._owner.settle(GIVE_BACK_SECONDS_MAX)
         await self.wakeups.stop()
+        await self.copies.stop()
 
     async def enqueue(self, request: JobRequest) -> Job:
-        """Store one job. Raises InvalidRequestError for a start deadline before the job is due."""
-        if request.expires_at is not None or request.expires_in_seconds is not None:
-            check_deadline(request, await self._jobs.now() if needs_clock(request) else BEGINNING)
-        return await self._enqueues.submit(resolve(request, self._defaults, uuid7()))
+        """Store one job. Raises InvalidRequestError for what its queue does not take, or a deadline before it is due."""
+        return await self._enqueues.submit(await self._resolved(request))
 
     async def lease(self, wanted: LeaseRequest, gone: "asyncio.Future[object]") -> Sequence[LeasedJob]:
         """Take jobs, waiting for the first at most `wait_seconds`; an empty list when there is none.
@@ -298,7 +314,7 @@ class Service:
 
     async def oldest_ready_seconds(self, counts: Mapping[str, Mapping[State, int]]) -> dict[str, float]:
         """Return for each queue with ready jobs how long its oldest one has waited."""
-        lines = [Line(queue) for queue, of in counts.items() if of[State.READY] > 0]
+        lines = [Line(queue) for queue, of in counts.items() if of.get(State.READY, 0) > 0]
         ahead = self._cursors.ahead(lines)
         found = await self._jobs.look(ahead, [1] * len(ahead))
         now = await self._jobs.now()
@@ -416,6 +432,14 @@ class Service:
         if isinstance(answer, QueueError):
             raise answer
         return answer
+
+    async def _resolved(self, request: JobRequest) -> NewJob:
+        job = self.policies.resolve(request, uuid7())
+        if request.expires_at is not None or request.expires_in_seconds is not None:
+            now = await self._jobs.now() if needs_clock(request) else BEGINNING
+            # With its queue's delay, where it names none.
+            check_deadline(request._replace(delay_seconds=job.delay_seconds), now)
+        return job
 
     async def _store(self, new: Sequence[NewJob]) -> list[Job]:
         jobs = await self._jobs.enqueue(new)
@@ -578,12 +602,9 @@ def _seconds_between(begin: datetime | None, end: datetime | None) -> float:
 
 
 def _stats(counts: Mapping[str, Mapping[State, int]]) -> Stats:
-    names = list(dict.fromkeys(COUNTED_AS.values()))
-    total = dict.fromkeys(names, 0)
-    queues = {}
-    for queue, states in counts.items():
-        queues[queue] = dict.fromkeys(names, 0)
-        for state, count in states.items():
-            queues[queue][COUNTED_AS[state]] += count
-            total[COUNTED_AS[state]] += count
+    queues = {queue: summed_up(states) for queue, states in counts.items()}
+    total = summed_up({})
+    for sums in queues.values():
+        for name, count in sums.items():
+            total[name] += count
     return Stats(jobs=total, queues=queues)

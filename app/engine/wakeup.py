@@ -26,7 +26,7 @@ import itertools
 import json
 import random
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from typing import Any
@@ -184,8 +184,17 @@ class Room:
 class Wakeups(Component):
     """The room, and its connection to the other processes."""
 
-    def __init__(self, database: Database, jobs: Jobs, cursors: Cursors, poll_seconds: float) -> None:
+    def __init__(
+        self,
+        database: Database,
+        jobs: Jobs,
+        cursors: Cursors,
+        poll_seconds: float,
+        changed: Callable[[Collection[str]], None] = lambda _: None,
+    ) -> None:
+        """`changed` hears of topics that another process has changed (see `copies.py`)."""
         super().__init__()
+        self._changed = changed
         self._database = database
         self._jobs = jobs
         self._cursors = cursors
@@ -196,6 +205,7 @@ class Wakeups(Component):
         self._first_places: dict[tuple[Line, int], Place] = {}
         self._others_look = False
         self._others_look_everywhere = False
+        self._changes: set[str] = set()
         self._to_say = asyncio.Event()
         self._to_look = asyncio.Event()
         self._everywhere = False
@@ -254,6 +264,11 @@ class Wakeups(Component):
                 else:
                     self._others_look = True
         return told
+
+    def tell_change(self, topic: str) -> None:
+        """Let the other processes know that something has changed that they keep a copy of."""
+        self._changes.add(topic)
+        self._to_say.set()
 
     def send_all_away(self) -> None:
         """Answer all waiting leases now, without a job."""
@@ -333,6 +348,7 @@ class Wakeups(Component):
             self._to_say.clear()
             message = self._message()
             said, self._hints = self._hints, {}
+            changes, self._changes = self._changes, set()
             self._old_places, self._first_places = [], {}
             self._others_look = self._others_look_everywhere = False
             try:
@@ -340,14 +356,17 @@ class Wakeups(Component):
             except Exception:
                 # They are said again over the next connection: one too many costs a look.
                 self._hints = {**said, **self._hints}
+                self._changes |= changes
                 self._others_look_everywhere = True
                 self._to_say.set()
                 raise
             await asyncio.sleep(HINT_PAUSE_SECONDS)
 
     def _message(self) -> str:
+        changed = {"changed": sorted(self._changes)} if self._changes else {}
         said = {
             "from": self._origin,
+            **changed,
             "ready": [[line.queue, line.type, count] for line, count in self._hints.items()],
             "places": [
                 [place.line.queue, place.line.type, place.priority, place.since.isoformat()]
@@ -359,7 +378,7 @@ class Wakeups(Component):
         if not look and len(message) <= HINT_BYTES_MAX:
             return message
         where = {"everywhere": True} if self._others_look_everywhere or self._old_places else {}
-        return json.dumps({"from": self._origin, "look": True, **where})
+        return json.dumps({"from": self._origin, "look": True, **where, **changed})
 
     def _heard(self, _connection: object, _pid: int, _channel: str, message: object) -> None:
         try:
@@ -371,9 +390,12 @@ class Wakeups(Component):
                 Place(Line(queue, type_), int(priority), datetime.fromisoformat(since).astimezone(UTC))
                 for queue, type_, priority, since in said.get("places", ())
             ]
+            changed = {str(topic) for topic in said.get("changed", ())}
         except (ValueError, TypeError, KeyError, AttributeError):
             log.warning("hint_not_understood")  # anybody in the database may send one
             return
+        if changed:
+            self._changed(changed)
         if said.get("everywhere"):
             self.look_soon()
         elif said.get("look"):

@@ -20,6 +20,15 @@ class JobNotFoundError(QueueError):
         super().__init__("There is no such job. It may have been deleted, or its retention has ended.")
 
 
+class QueueNotFoundError(QueueError):
+    """There is no such queue: nobody has given it a policy, and it has no jobs."""
+
+    code = "not_found"
+
+    def __init__(self) -> None:
+        super().__init__("There is no such queue: none of this name has a policy, or a job that is kept.")
+
+
 class LeaseLostError(QueueError):
     """The lease named is not the one that the job has now. Nothing was changed."""
 

@@ -4,6 +4,7 @@ An event is published after its COMMIT and never carries a payload, a result or 
 """
 
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import NamedTuple, Protocol
 from uuid import UUID
 
@@ -86,6 +87,24 @@ class JobPromoted(JobEvent):
     """A delayed job became ready."""
 
 
+class QueueChange(StrEnum):
+    """What someone did to a queue."""
+
+    CREATED = "created"
+    POLICY = "policy"
+    PAUSED = "paused"
+    RESUMED = "resumed"
+    DELETED = "deleted"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QueueChanged:
+    """Someone made, changed, paused, resumed or deleted a queue."""
+
+    queue: str
+    change: QueueChange
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MaintenanceRan:
     """One maintenance task ran: how many rows it changed, and how long it took."""
@@ -103,7 +122,7 @@ class MaintenanceFailed:
     error: str
 
 
-QueueEvent = JobEvent | MaintenanceRan | MaintenanceFailed
+QueueEvent = JobEvent | QueueChanged | MaintenanceRan | MaintenanceFailed
 
 
 class Happening(NamedTuple):

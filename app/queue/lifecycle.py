@@ -106,6 +106,14 @@ COUNTED_AS: Mapping[State, str] = MappingProxyType(
 """How `/stats` sums the states up."""
 
 
+def summed_up(states: Mapping[State, int]) -> dict[str, int]:
+    """Sum counts of jobs up as `/stats` names them, with all the names."""
+    sums = dict.fromkeys(COUNTED_AS.values(), 0)
+    for state, count in states.items():
+        sums[COUNTED_AS[state]] += count
+    return sums
+
+
 class IllegalMoveError(Exception):
     """An event met a state in which it may not happen."""
 

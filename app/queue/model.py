@@ -87,6 +87,50 @@ class JobDefaults:
     max_retries: int = 3
     backoff: Backoff = field(default_factory=Backoff)
     timeout_seconds: float | None = None
+    priority: int = PRIORITIES["normal"]
+    delay_seconds: float | None = None
+    """Of jobs that name neither run_at nor delay_seconds."""
+    expires_in_seconds: float | None = None
+    """Counted from when the job may start."""
+    dead_letter_queue: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobPolicy:
+    """What jobs get that name nothing themselves; None leaves it to the next layer.
+
+    What names or describes a single job (payload, tags, metadata, keys, instants) has no default.
+    """
+
+    priority: int | None = None
+    delay_seconds: float | None = None
+    lease_seconds: float | None = None
+    timeout_seconds: float | None = None
+    max_retries: int | None = None
+    backoff: BackoffRequest = NOTHING_NAMED
+    expires_in_seconds: float | None = None
+    dead_letter_queue: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QueuePolicy(JobPolicy):
+    """How a queue treats its jobs: defaults for all, and for those of one type, and how long they are kept."""
+
+    types: Mapping[str, JobPolicy] = field(default_factory=dict)
+    retention_seconds: float | None = None
+    """Of completed jobs; None: as the environment says."""
+    dead_retention_seconds: float | None = None
+    """Of failed, cancelled and expired jobs; None: as the environment says."""
+    keep_payload: bool = True
+    """Whether completed jobs keep their payload, tags and metadata."""
+
+
+class Queue(NamedTuple):
+    """A queue that somebody has given a policy, or paused."""
+
+    name: str
+    policy: QueuePolicy
+    paused: bool
 
 
 class JobRequest(NamedTuple):
@@ -95,7 +139,7 @@ class JobRequest(NamedTuple):
     queue: str
     type: str = "default"
     payload: bytes = b"null"
-    priority: int = PRIORITIES["normal"]
+    priority: int | None = None
     run_at: datetime | None = None
     delay_seconds: float | None = None
     lease_seconds: float | None = None
@@ -114,7 +158,7 @@ class JobRequest(NamedTuple):
 class NewJob(NamedTuple):
     """A job with every field resolved, ready to be stored.
 
-    At most one of run_at and delay_seconds is set, and at most one of expires_at and expires_in_seconds.
+    At most one of run_at and delay_seconds is set. Of expires_at and expires_in_seconds the later holds.
     """
 
     id: UUID

@@ -5,6 +5,7 @@ The store locks the rows, asks here, and writes the answer; no statement decides
 
 from dataclasses import replace
 from datetime import datetime, timedelta
+from typing import TypeVar
 from uuid import UUID
 
 from app.queue.errors import InvalidRequestError
@@ -17,13 +18,17 @@ from app.queue.model import (
     Failure,
     Jitter,
     JobDefaults,
+    JobPolicy,
     JobRequest,
     Lease,
     NewJob,
     Outcome,
+    QueuePolicy,
     Verdict,
     WorkError,
 )
+
+T = TypeVar("T")
 
 RETRIES_EXHAUSTED = "retries_exhausted"
 NOT_RETRYABLE = "not_retryable"
@@ -33,15 +38,29 @@ DEADLINE_TOO_EARLY = "must not be before the job is due"
 
 
 def resolve(request: JobRequest, defaults: JobDefaults, job_id: UUID) -> NewJob:
-    """Return the job with every default filled in: fixed at enqueue, later changes of a default touch it not."""
+    """Return the job with every default filled in: fixed at enqueue, later changes of a default touch it not.
+
+    Raises InvalidRequestError when its dead letters would go to the queue that they come from.
+    """
+    delay_seconds = request.delay_seconds
+    if delay_seconds is None and request.run_at is None:
+        delay_seconds = defaults.delay_seconds
+    expires_at, expires_in_seconds = request.expires_at, request.expires_in_seconds
+    if expires_at is None and expires_in_seconds is None and defaults.expires_in_seconds is not None:
+        expires_at, expires_in_seconds = _default_deadline(
+            defaults.expires_in_seconds, request.run_at, delay_seconds
+        )
+    dead_letter_queue = request.dead_letter_queue or defaults.dead_letter_queue
+    if dead_letter_queue is not None:
+        check_dead_letter_queue(request.queue, dead_letter_queue)
     return NewJob(
         id=job_id,
         queue=request.queue,
         type=request.type,
         payload=request.payload,
-        priority=request.priority,
+        priority=defaults.priority if request.priority is None else request.priority,
         run_at=request.run_at,
-        delay_seconds=request.delay_seconds,
+        delay_seconds=delay_seconds,
         lease_seconds=defaults.lease_seconds if request.lease_seconds is None else request.lease_seconds,
         timeout_seconds=defaults.timeout_seconds
         if request.timeout_seconds is None
@@ -51,10 +70,55 @@ def resolve(request: JobRequest, defaults: JobDefaults, job_id: UUID) -> NewJob:
         tags=request.tags,
         metadata=request.metadata,
         traceparent=request.traceparent,
-        expires_at=request.expires_at,
-        expires_in_seconds=request.expires_in_seconds,
+        expires_at=expires_at,
+        expires_in_seconds=expires_in_seconds,
         unique=request.unique,
-        dead_letter_queue=request.dead_letter_queue,
+        dead_letter_queue=dead_letter_queue,
+    )
+
+
+def _default_deadline(
+    seconds: float, run_at: datetime | None, delay_seconds: float | None
+) -> tuple[datetime | None, float]:
+    """Return where a default start deadline lies: so long after the job may start, and never before now and as long."""
+    return None if run_at is None else run_at + timedelta(seconds=seconds), seconds + (delay_seconds or 0)
+
+
+def check_dead_letter_queue(queue: str, dead_letter_queue: str) -> None:
+    """Raise InvalidRequestError when a queue's dead letters would go to itself: they would never come to rest."""
+    if dead_letter_queue == queue:
+        raise InvalidRequestError("dead_letter_queue", "can not be the queue itself")
+
+
+def defaults_of(policy: QueuePolicy, type_: str, environment: JobDefaults) -> JobDefaults:
+    """Return what a job of this queue and type gets: the type's word goes before the queue's, this before the rest."""
+    defaults = _under(policy, environment)
+    named = policy.types.get(type_)
+    return defaults if named is None else _under(named, defaults)
+
+
+def check_policy(name: str, policy: QueuePolicy) -> None:
+    """Raise InvalidRequestError when a queue of this name can not have this policy."""
+    for each in (policy, *policy.types.values()):
+        if each.dead_letter_queue is not None:
+            check_dead_letter_queue(name, each.dead_letter_queue)
+
+
+def _under(policy: JobPolicy, defaults: JobDefaults) -> JobDefaults:
+    """Return the defaults with what the policy names put over them."""
+
+    def over(named: T | None, otherwise: T) -> T:
+        return otherwise if named is None else named
+
+    return JobDefaults(
+        lease_seconds=over(policy.lease_seconds, defaults.lease_seconds),
+        max_retries=over(policy.max_retries, defaults.max_retries),
+        backoff=merge_backoff(policy.backoff, defaults.backoff),
+        timeout_seconds=over(policy.timeout_seconds, defaults.timeout_seconds),
+        priority=over(policy.priority, defaults.priority),
+        delay_seconds=over(policy.delay_seconds, defaults.delay_seconds),
+        expires_in_seconds=over(policy.expires_in_seconds, defaults.expires_in_seconds),
+        dead_letter_queue=over(policy.dead_letter_queue, defaults.dead_letter_queue),
     )
 
 

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 from urllib.parse import parse_qsl, quote, urlencode, urlsplit
 
 import asyncpg
+from sqlalchemy import RowMapping
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
@@ -350,6 +351,13 @@ class Database:
             yield connection
         finally:
             await self.hot.release(connection)
+
+
+async def rows_of(engine: AsyncEngine, statement: Any) -> Sequence[RowMapping]:
+    """Run a statement of SQLAlchemy's by itself; return its rows. Raises UnavailableError."""
+    with unavailable_when_away():
+        async with engine.connect() as connection:
+            return (await connection.execute(statement)).mappings().all()
 
 
 class Transaction:

@@ -32,13 +32,12 @@ from sqlalchemy import (
     union_all,
 )
 from sqlalchemy.dialects.postgresql import TIMESTAMP
-from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.types import TypeEngine
 
 from app.queue.errors import JobNotFoundError
 from app.queue.lifecycle import State
 from app.queue.model import Attempt, Job, JobFilter, Outcome
-from app.store.database import Database, unavailable_when_away
+from app.store.database import Database, rows_of
 from app.store.jobs import job_of
 from app.store.schema import (
     attempts,
@@ -235,16 +234,10 @@ class Reads:
         await self._look(select(maintenance.c.task).limit(1))
 
     async def _look(self, statement: Any) -> Sequence[RowMapping]:
-        return await _rows(self._database.looking, statement)
+        return await rows_of(self._database.looking, statement)
 
     async def _all(self, statement: Any) -> Sequence[RowMapping]:
-        return await _rows(self._database.reading, statement)
-
-
-async def _rows(engine: AsyncEngine, statement: Any) -> Sequence[RowMapping]:
-    with unavailable_when_away():
-        async with engine.connect() as connection:
-            return (await connection.execute(statement)).mappings().all()
+        return await rows_of(self._database.reading, statement)
 
 
 def _places(states: frozenset[State], ended_after: datetime | None = None) -> list[Select[Any]]:

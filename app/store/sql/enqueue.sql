@@ -2,7 +2,7 @@
 -- run_at and now plus its delay. Each is a microsecond younger than the one before it, and that is its place in line.
 -- The returned rows keep the order of the arrays.
 WITH item AS MATERIALIZED (
-  SELECT t.*, clock.now, coalesce(t.expires_at, clock.now + t.expires_in_seconds * interval '1 second') AS deadline_at,
+  SELECT t.*, clock.now, greatest(t.expires_at, clock.now + t.expires_in_seconds * interval '1 second') AS deadline_at,
          greatest(clock.now, t.run_at, clock.now + t.delay_seconds * interval '1 second') AS due_at
     FROM unnest(
            $2::uuid[], $3::text[], $4::text[], $5::smallint[], $6::timestamptz[], $7::float8[], $8::float8[],

@@ -1,0 +1,74 @@
+"""What this process knows of the queues' policies: a copy of all of them (see `copies.py`), asked by every request."""
+
+from collections.abc import Callable, Collection
+from uuid import UUID
+
+from app.queue.errors import InvalidRequestError
+from app.queue.model import JobDefaults, JobRequest, NewJob, Queue
+from app.queue.policy import defaults_of, resolve
+from app.store.queues import StoredQueues
+
+
+class Policies:
+    """The copy, and what follows from it.
+
+    `environment` is what a job gets where no policy says otherwise. With `strict`, only queues that have a policy (an
+    empty one will do) take jobs. `resumed` hears of queues that are not paused any more.
+    """
+
+    def __init__(
+        self,
+        stored: StoredQueues,
+        environment: JobDefaults,
+        *,
+        strict: bool,
+        resumed: Callable[[Collection[str]], None] = lambda _: None,
+    ) -> None:
+        self._stored = stored
+        self._environment = environment
+        self._strict = strict
+        self._resumed = resumed
+        self._queues: dict[str, Queue] = {}
+        self._defaults: dict[tuple[str, str | None], JobDefaults] = {}
+        self.paused: frozenset[str] = frozenset()
+        """The queues that leases pass over."""
+
+    async def load(self) -> None:
+        """Read all policies anew. Raises UnavailableError."""
+        queues = {queue.name: queue for queue in await self._stored.all()}
+        before = self.paused
+        self._queues, self._defaults = queues, {}
+        self.paused = frozenset(queue.name for queue in queues.values() if queue.paused)
+        if resumed := before - self.paused:
+            self._resumed(resumed)
+
+    def resolve(self, request: JobRequest, job_id: UUID) -> NewJob:
+        """Return the job as it is to be stored: by its own words, else its type's, its queue's, the environment's.
+
+        Raises InvalidRequestError where its queue, or that of its dead letters, takes none.
+        """
+        job = resolve(request, self.defaults(request.queue, request.type), job_id)
+        if self._strict:
+            self._check_known("queue", job.queue)
+            if job.dead_letter_queue is not None:
+                self._check_known("dead_letter_queue", job.dead_letter_queue)
+        return job
+
+    def defaults(self, queue: str, type_: str) -> JobDefaults:
+        """Return what a job of this queue and type gets where it names nothing."""
+        known = self._queues.get(queue)
+        if known is None:
+            return self._environment
+        # Types without a word of their own share their queue's: clients may make up as many as they like.
+        place = queue, type_ if type_ in known.policy.types else None
+        found = self._defaults.get(place)
+        if found is None:
+            found = self._defaults[place] = defaults_of(known.policy, type_, self._environment)
+        return found
+
+    def _check_known(self, field: str, name: str) -> None:
+        if name not in self._queues:
+            raise InvalidRequestError(
+                field,
+                f"there is no queue {name}, and this service makes none by itself: PUT /queues/{name} does",
+            )
