@@ -35,6 +35,7 @@ from app.queue.events import (
     JobEvent,
     JobExpired,
     JobLeased,
+    JobProgressed,
     JobPromoted,
     JobRetried,
     MaintenanceFailed,
@@ -344,6 +345,7 @@ _PLAIN_LINES: dict[type[QueueEvent], tuple[int, str]] = {
     JobCancelled: (logging.INFO, "job_cancelled"),
     JobDeleted: (logging.INFO, "job_deleted"),
     JobExpired: (logging.INFO, "job_expired"),
+    JobProgressed: (logging.DEBUG, "job_progressed"),
     JobPromoted: (logging.DEBUG, "job_promoted"),
     JobRetried: (logging.INFO, "job_retried"),
 }

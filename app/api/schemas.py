@@ -23,11 +23,13 @@ from app.queue.model import (
     BackoffRequest,
     BackoffStrategy,
     Failure,
+    Heartbeat,
     Jitter,
     Job,
     JobRequest,
     LeasedJob,
     Outcome,
+    Progress,
     UniqueScope,
     WorkError,
 )
@@ -39,6 +41,7 @@ METADATA_BYTES_MAX = 4096
 TAGS_MAX = 20
 MESSAGE_BYTES_MAX = 4096
 STACK_BYTES_MAX = 16 * 1024
+PROGRESS_BYTES_MAX = 1024
 LEASE_SECONDS_MIN = 0.5
 LEASE_SECONDS_MAX = 43_200
 DAY_SECONDS = 86_400
@@ -190,6 +193,13 @@ class EnqueueBody(Struct, forbid_unknown_fields=True):
         )
 
 
+class ProgressBody(Struct, forbid_unknown_fields=True):
+    """How far the worker is: a number, words, or both. It replaces what was told before."""
+
+    percent: Annotated[float, Meta(ge=0, le=100)] | None = None
+    message: Annotated[str, Meta(description="cut at 1 KiB")] | None = None
+
+
 class HeartbeatBody(Struct, forbid_unknown_fields=True):
     """Still working."""
 
@@ -200,6 +210,34 @@ class HeartbeatBody(Struct, forbid_unknown_fields=True):
         ]
         | None
     ) = None
+    progress: ProgressBody | None = None
+    checkpoint: (
+        Annotated[
+            Raw,
+            Meta(
+                description="any JSON, kept for the next attempt to go on from; as large as a payload may be"
+            ),
+        ]
+        | UnsetType
+    ) = UNSET
+
+    def to_heartbeat(self, job_id: UUID, lease_id: UUID) -> Heartbeat:
+        """Translate it for the queue. Raises InvalidRequestError for what the schema can not say."""
+        progress = None
+        if self.progress is not None:
+            percent, message = self.progress.percent, self.progress.message
+            if percent is None and message is None:
+                raise InvalidRequestError("progress", "give percent, message, or both")
+            if message is not None and "\x00" in message:
+                raise InvalidRequestError("progress.message", "must not contain NUL")
+            progress = Progress(percent, None if message is None else _cut(message, PROGRESS_BYTES_MAX))
+        return Heartbeat(
+            job_id,
+            lease_id,
+            self.extend_seconds,
+            progress,
+            None if self.checkpoint is UNSET else bytes(self.checkpoint),
+        )
 
 
 class AckBody(Struct, forbid_unknown_fields=True):
@@ -460,6 +498,13 @@ class LeasedJobReply(Struct):
     metadata: Annotated[Raw, Meta(description="the object that was sent")]
     traceparent: str | None
     last_error: Annotated[Raw, Meta(description="of the attempt before: `{message, type?, stack?}`")] | None
+    checkpoint: Annotated[Raw, Meta(description="what an earlier attempt has kept to go on from")] | None
+    source: (
+        Annotated[
+            Raw, Meta(description="of a dead letter's copy: `{queue, job_id, attempts, error, failed_at}`")
+        ]
+        | None
+    )
 
     @classmethod
     def of(cls, job: LeasedJob) -> "LeasedJobReply":
@@ -480,6 +525,8 @@ class LeasedJobReply(Struct):
             metadata=Raw(job.metadata),
             traceparent=job.traceparent,
             last_error=_raw(job.last_error),
+            checkpoint=_raw(job.checkpoint),
+            source=_raw(job.source),
         )
 
 

@@ -11,7 +11,7 @@ from app.api.thin import job_id_of, lease_id_of
 from app.engine.service import Said, Service, failed, released
 from app.queue.errors import InvalidRequestError, QueueError
 from app.queue.lifecycle import State
-from app.queue.model import Ack, Beat, Done, Heartbeat, Job, Word
+from app.queue.model import Ack, Beat, Done, Job, Word
 
 _DECODER = msgspec.json.Decoder(Item)
 
@@ -77,7 +77,9 @@ class Settling:
             case ReleaseItem():
                 return released(job_id, lease_id, item.delay_seconds)
             case HeartbeatItem():
-                return Heartbeat(job_id, lease_id, item.extend_seconds)
+                heartbeat = item.to_heartbeat(job_id, lease_id)
+                bounded("checkpoint", heartbeat.checkpoint or b"", self._payload_bytes_max)
+                return heartbeat
 
 
 def _name_in(raw: msgspec.Raw) -> str:

@@ -78,7 +78,9 @@ class Work:
 
     async def heartbeat(self, call: Call, body: HeartbeatBody) -> Reply:
         """Answer a job's `heartbeat`."""
-        beat = await self._service.heartbeat(call.job_id, lease_id_of(body.lease_id), body.extend_seconds)
+        heartbeat = body.to_heartbeat(call.job_id, lease_id_of(body.lease_id))
+        bounded("checkpoint", heartbeat.checkpoint or b"", self._payload_bytes_max)
+        beat = await self._service.heartbeat(heartbeat)
         return Reply(encode(HeartbeatReply(beat.lease_expires_at, beat.cancel_requested)))
 
     async def ack(self, call: Call, body: AckBody) -> Reply:
@@ -179,12 +181,14 @@ def operations(service: Service, payload_bytes_max: int) -> list[Operation]:
             summary="Extend a lease",
             description=(
                 "Sets the lease's end to the later of the present one and now plus `extend_seconds`, never past the"
-                " job's `timeout_seconds`. Tells whether someone wants the job cancelled." + _NOTHING_CHANGES
+                " job's `timeout_seconds`. Tells whether someone wants the job cancelled. `progress` is shown with the"
+                " job; `checkpoint` is handed to the attempt after this one, should there be any."
+                + _NOTHING_CHANGES
             ),
             request=HeartbeatBody,
             reply=HeartbeatReply,
             statuses={200: "The lease stands."},
-            problems=by_lease,
+            problems=(*by_lease, "payload_too_large"),
             example={"lease_id": _EXAMPLE_LEASE_ID},
             handle=work.heartbeat,
             busy=True,

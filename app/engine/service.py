@@ -33,6 +33,7 @@ from app.queue.events import (
     JobDeleted,
     JobEnqueued,
     JobLeased,
+    JobProgressed,
     JobRetried,
     Observer,
 )
@@ -146,7 +147,9 @@ class Service:
         )
         self._acks = Batcher(self._grouped(jobs.ack), weight=_weight, key=_job_id, told=self._note)
         self._endings = Batcher(self._grouped(jobs.conclude), key=_job_id, told=self._note)
-        self._heartbeats = Batcher(self._grouped(jobs.heartbeat), key=_job_id)
+        self._heartbeats = Batcher(
+            self._grouped(jobs.heartbeat), weight=_weight, key=_job_id, told=self._note
+        )
         self._alone = asyncio.Semaphore(ALONE_MAX)
         self.watching = watching
         stored = StoredQueues(database)
@@ -242,9 +245,9 @@ class Service:
         """Give a job back, its attempt uncounted. Raises JobNotFoundError, LeaseLostError."""
         return _settled(await self._say(released(job_id, lease_id, delay_seconds)))
 
-    async def heartbeat(self, job_id: UUID, lease_id: UUID, extend_seconds: float | None) -> Beat:
-        """Extend a lease. Raises JobNotFoundError, LeaseLostError."""
-        answer = await self._say(Heartbeat(job_id, lease_id, extend_seconds))
+    async def heartbeat(self, heartbeat: Heartbeat) -> Beat:
+        """Extend a lease, and note what its worker tells. Raises JobNotFoundError, LeaseLostError."""
+        answer = await self._say(heartbeat)
         assert isinstance(answer, Beat)  # noqa: S101  # there is no record of heartbeats to answer from
         return answer
 
@@ -479,6 +482,8 @@ class Service:
                 self._observer.on(_completed(answer))
             case Verdict():
                 self._observer.on(attempt_ended(answer))
+            case Beat(progressed=True):
+                self._observer.on(JobProgressed(job_id=answer.job_id, queue=answer.queue, type=answer.type))
             case _:
                 pass
 
@@ -543,13 +548,19 @@ def _job_id(item: Ack | Ending | Heartbeat) -> UUID:
     return item.job_id
 
 
-def _weight(item: NewJob | Ack) -> int:
+def _weight(item: NewJob | Ack | Heartbeat) -> int:
     """Return an item's share of a batch, and of a line: what it carries counts, so that both are bounded in bytes too.
 
     Endings need none: what an error says is cut at 20 KiB.
     """
-    carried = item.payload if isinstance(item, NewJob) else item.result or b""
-    return 1 + len(carried) // BYTES_PER_WEIGHT
+    match item:
+        case NewJob():
+            carried: bytes | None = item.payload
+        case Ack():
+            carried = item.result
+        case Heartbeat():
+            carried = item.checkpoint
+    return 1 + len(carried or b"") // BYTES_PER_WEIGHT
 
 
 def failed(job_id: UUID, lease_id: UUID, failure: Failure) -> Ending:

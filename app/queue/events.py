@@ -38,6 +38,11 @@ class JobLeased(JobEvent):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class JobProgressed(JobEvent):
+    """A worker told how far it is with a job."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class JobCompleted(JobEvent):
     """A worker acked a job after `ran_seconds`."""
 

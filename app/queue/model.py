@@ -253,6 +253,9 @@ class LeasedJob(NamedTuple):
     metadata: bytes
     traceparent: str | None
     last_error: bytes | None
+    checkpoint: bytes | None = None
+    """What an earlier attempt has kept to go on from."""
+    source: bytes | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -355,8 +358,14 @@ class Settled:
 class Beat:
     """The answer to a heartbeat."""
 
+    job_id: UUID
+    queue: str
+    type: str
+    worker: str | None
     lease_expires_at: datetime
     cancel_requested: bool
+    progressed: bool
+    """Whether it brought progress."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -416,6 +425,8 @@ class Heartbeat:
     job_id: UUID
     lease_id: UUID
     extend_seconds: float | None
+    progress: Progress | None = None
+    checkpoint: bytes | None = None
 
 
 Word = Ack | Ending | Heartbeat

@@ -26,7 +26,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_en
 from sqlalchemy.pool import NullPool
 
 from app.queue.errors import UnavailableError
-from app.store.schema import BODY_COLUMNS
+from app.store.schema import BODY_COLUMNS, NOTE_COLUMNS
 
 STATEMENT_TIMEOUT_SECONDS = 10
 READ_TIMEOUT_SECONDS = 5
@@ -162,6 +162,8 @@ def statement(name: str, schema: str, **parts: str) -> str:
         "schema": quoted,
         "body": ", ".join(BODY_COLUMNS),
         "body.": ", ".join(f"body.{column}" for column in BODY_COLUMNS),
+        "note": ", ".join(NOTE_COLUMNS),
+        "note.": ", ".join(f"note.{column}" for column in NOTE_COLUMNS),
         "or_pass": "",
         **parts,
     }

@@ -276,7 +276,12 @@ class Jobs:
 
         Here and below: without `wait`, a lease that others hold at that moment is passed over.
         """
-        return await self._keeping(lambda: self._ack(self._database, acks, wait=wait))
+        done = await self._keeping(lambda: self._ack(self._database, acks, wait=wait))
+        if wait and (left := [ack for ack in acks if ack.job_id not in done]):
+            done |= await self._keeping(
+                lambda: self._database.transact(lambda transaction: self._ack_surely(transaction, left))
+            )
+        return done
 
     async def conclude(self, endings: Sequence[Ending], *, wait: bool = True) -> dict[UUID, Verdict]:
         """End attempts, each as its rule says; return the verdicts on leases that still stood, by job id."""
@@ -299,7 +304,7 @@ class Jobs:
         async def work(transaction: Transaction) -> dict[UUID, Job | Done | Verdict | Beat]:
             done: dict[UUID, Job | Done | Verdict | Beat] = {}
             if acks:
-                done |= await self._ack(transaction, acks)
+                done |= await self._ack_surely(transaction, acks)
             if endings := [word for word in words if isinstance(word, Ending)]:
                 done |= await self._conclude(transaction, endings)
             if heartbeats := [word for word in words if isinstance(word, Heartbeat)]:
@@ -428,6 +433,16 @@ class Jobs:
         made: Callable[[Any], Job | Done] = job_of if whole else _done
         return {row["id"]: made(row) for row in rows}
 
+    async def _ack_surely(self, transaction: Transaction, acks: Sequence[Ack]) -> dict[UUID, Job | Done]:
+        """Finish jobs, also those that got their first note while the first look was under way.
+
+        Their leases are locked by then, so the second look sees all there is.
+        """
+        done = await self._ack(transaction, acks)
+        if left := [ack for ack in acks if ack.job_id not in done]:
+            done |= await self._ack(transaction, left)
+        return done
+
     async def _heartbeat(
         self, runner: Database | Transaction, heartbeats: Sequence[Heartbeat], *, wait: bool = True
     ) -> dict[UUID, Beat]:
@@ -438,10 +453,22 @@ class Jobs:
             [heartbeat.job_id for heartbeat in ordered],
             [heartbeat.lease_id for heartbeat in ordered],
             [heartbeat.extend_seconds for heartbeat in ordered],
+            [progress and progress.percent for progress in (heartbeat.progress for heartbeat in ordered)],
+            [progress and progress.message for progress in (heartbeat.progress for heartbeat in ordered)],
+            [heartbeat.checkpoint for heartbeat in ordered],
             or_pass=_or_pass(wait),
         )
+        progressed = {heartbeat.job_id for heartbeat in ordered if heartbeat.progress is not None}
         return {
-            row["id"]: Beat(lease_expires_at=row["expires_at"], cancel_requested=row["cancel_requested"])
+            row["id"]: Beat(
+                job_id=row["id"],
+                queue=row["queue"],
+                type=row["type"],
+                worker=row["worker"],
+                lease_expires_at=row["expires_at"],
+                cancel_requested=row["cancel_requested"],
+                progressed=row["id"] in progressed,
+            )
             for row in rows
         }
 
@@ -593,6 +620,8 @@ def _leased(row: asyncpg.Record) -> LeasedJob:
         metadata=row["metadata"],
         traceparent=row["traceparent"],
         last_error=row["last_error"],
+        checkpoint=row["checkpoint"],
+        source=row["source"],
     )
 
 

@@ -55,7 +55,7 @@ from app.store.schema import (
 )
 
 PAGE_BYTES_MAX = 8 * 1024 * 1024
-"""A page stops at this much payload and result; the cursor goes on from there."""
+"""A page stops at this much payload, result and checkpoint; the cursor goes on from there."""
 
 WORKERS_MAX = 100
 ATTEMPTS_MAX = 1000
@@ -130,7 +130,9 @@ class Reads:
         ]
         merged = union_all(*(select(head) for head in heads)).subquery()
         newest = select(merged).order_by(merged.c.id.desc()).limit(limit + 1).subquery()
-        size = func.octet_length(newest.c.payload) + func.coalesce(func.octet_length(newest.c.result), 0)
+        size = func.octet_length(newest.c.payload) + sum(
+            func.coalesce(func.octet_length(kept), 0) for kept in (newest.c.result, newest.c.checkpoint)
+        )
         sized = select(
             newest,
             func.sum(size).over(order_by=newest.c.id.desc()).label("bytes"),

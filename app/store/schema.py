@@ -65,6 +65,16 @@ BODY_COLUMNS = (
 )
 """What a job brings along wherever it goes; the statements in `sql/` name them as `{body}`."""
 
+NOTE_COLUMNS = (
+    "last_error",
+    "error_type",
+    "error_group",
+    "checkpoint",
+    "progress_percent",
+    "progress_message",
+)
+"""What is noted of a living job, and kept with a dead one; the statements name them as `{note}`."""
+
 
 def _name() -> Text:
     return Text(collation="C")

@@ -42,6 +42,8 @@ async def test_a_leased_job_brings_all_that_its_worker_needs_and_nothing_else(qu
         "metadata": {"m": 1},
         "traceparent": None,
         "last_error": None,
+        "checkpoint": None,
+        "source": None,
     }
 
 

@@ -316,9 +316,22 @@ class TestSettling:
         assert plan.rows == (BATCH if seeded.ready else 0)
 
     async def test_a_heartbeat_looks_its_lease_up(self, seeded: Seeded):
-        plan = await seeded.explain("heartbeat", None, seeds("leases", 1), tokens(1), [None])
+        nothing = [None]
+        plan = await seeded.explain(
+            "heartbeat", None, seeds("leases", 1), tokens(1), nothing, nothing, nothing, nothing
+        )
         plan.assert_reads_only_what_it_takes(1)
         assert plan.rows == (1 if seeded.ready else 0)
+
+    async def test_heartbeats_that_tell_something_look_only_their_own_notes_up(self, seeded: Seeded):
+        def each(value: object) -> list[object]:
+            return [value] * BATCH
+
+        plan = await seeded.explain(
+            "heartbeat", None, seeds("leases"), tokens(), each(None), each(50), each("half"), each(b"[1]")
+        )
+        plan.assert_reads_only_what_it_takes(BATCH)
+        assert plan.rows == (BATCH if seeded.ready else 0)
 
     async def test_fail_and_release_look_their_jobs_up(self, seeded: Seeded):
         plan = await seeded.explain("lock_leases", None, seeds("leases"), tokens())

@@ -176,6 +176,97 @@ class TestSettling:
         assert (await call(queue, "ack", present)).status_code == 200
 
 
+class TestNoting:
+    """The first note of a job, which whoever began before it can not see."""
+
+    async def test_an_ack_that_waits_while_the_first_checkpoint_is_noted_leaves_no_note(
+        self, world: World, queue: Replica
+    ):
+        job = await leased_job(queue)
+        other = await idle_replica(world)
+        beat, ack = await in_turn(
+            world, LEASE, job["id"], queue.verb("heartbeat", job, checkpoint=[1]), call(other, "ack", job)
+        )
+        assert (beat.status_code, ack.status_code) == (200, 200)
+        assert (await queue.job(job["id"]))["state"] == "completed"
+        connection = await world.connect()
+        assert await connection.fetchval("SELECT count(*) FROM notes") == 0
+
+    @pytest.mark.parametrize("others", ["ack", "release"])
+    async def test_so_does_a_settle_of_several(self, world: World, queue: Replica, others: str):
+        await queue.enqueue()
+        job, neighbour = await leased_job(queue), await queue.lease_one()
+        other = await idle_replica(world)
+        items = [
+            {"job_id": each["id"], "lease_id": each["lease_id"], "outcome": outcome}
+            for each, outcome in ((job, "ack"), (neighbour, others))
+        ]
+        beat, settled = await in_turn(
+            world,
+            LEASE,
+            job["id"],
+            queue.verb("heartbeat", job, checkpoint=[1]),
+            other.http.post("/settle", json={"items": items}),
+        )
+        assert beat.status_code == 200
+        assert [result["status"] for result in settled.json()["results"]] == [200, 200]
+        assert (await queue.job(job["id"]))["state"] == "completed"
+
+    async def test_an_ack_before_a_checkpoint_has_the_last_word(self, world: World, queue: Replica):
+        job = await leased_job(queue)
+        other = await idle_replica(world)
+        ack, beat = await in_turn(
+            world, LEASE, job["id"], call(other, "ack", job), queue.verb("heartbeat", job, checkpoint=[1])
+        )
+        assert (ack.status_code, beat.status_code) == (200, 409)
+
+    async def test_a_failure_that_waits_while_a_checkpoint_is_noted_takes_it_along(
+        self, world: World, queue: Replica
+    ):
+        job = await leased_job(queue)
+        other = await idle_replica(world)
+        beat, failure = await in_turn(
+            world,
+            LEASE,
+            job["id"],
+            queue.verb("heartbeat", job, checkpoint=[1]),
+            other.verb("fail", job, error={"message": "boom"}, retry=False),
+        )
+        assert (beat.status_code, failure.status_code) == (200, 200)
+        dead = await queue.job(job["id"])
+        assert (dead["state"], dead["checkpoint"]) == ("failed", [1])
+
+    async def test_a_checkpoint_that_comes_while_its_lease_is_reaped_is_refused(
+        self, world: World, queue: Replica, moved: Clock
+    ):
+        job = await leased_job(queue)
+        other = await idle_replica(world)
+        moved.move(EXPIRED_SECONDS)
+        async with holding(world, CONCLUDING):
+            reap = asyncio.create_task(other.machine.service.maintenance.reap())
+            await world.blocked()
+            beat = asyncio.create_task(queue.verb("heartbeat", job, checkpoint=[1]))
+            await world.blocked(2)
+        assert await reap == 1
+        assert (await beat).status_code == 409
+        assert (await queue.job(job["id"]))["checkpoint"] is None
+
+    async def test_the_reaper_leaves_a_lease_to_the_heartbeat_that_notes_a_checkpoint(
+        self, world: World, queue: Replica, moved: Clock
+    ):
+        job = await leased_job(queue)
+        other = await idle_replica(world)
+        moved.move(EXPIRED_SECONDS)
+        noting = "INSERT INTO notes (job_id) VALUES ($1)"
+        async with holding(world, noting, UUID(job["id"])):
+            beat = asyncio.create_task(queue.verb("heartbeat", job, checkpoint=[1]))
+            await world.blocked()
+            assert await other.machine.service.maintenance.reap() == 0
+        assert (await beat).status_code == 200
+        assert await other.machine.service.maintenance.reap() == 0
+        assert (await queue.job(job["id"]))["checkpoint"] == [1]
+
+
 class TestReaping:
     """The reaper never waits for a worker; a worker that comes while it reaps waits, and has lost its lease."""
 

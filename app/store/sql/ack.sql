@@ -1,5 +1,6 @@
--- Finish jobs: the lease named is the fence. No row comes back for a lease that does not stand any more.
-WITH lease AS MATERIALIZED (
+-- Finish jobs: the lease named is the fence. No row comes back for a lease that does not stand any more; nor for one
+-- whose job has got its first note since this statement began, which can not see it: the caller asks again.
+WITH held AS MATERIALIZED (
   SELECT mine.*, t.result, t.place
     FROM unnest($2::uuid[], $3::uuid[], $4::bytea[]) WITH ORDINALITY AS t(id, lease_id, result, place)
    CROSS JOIN LATERAL (
@@ -7,6 +8,10 @@ WITH lease AS MATERIALIZED (
             FROM {schema}.leases AS l
            WHERE l.id = t.id AND l.lease_id = t.lease_id
              FOR UPDATE {or_pass}) AS mine
+), lease AS MATERIALIZED (
+  SELECT held.*
+    FROM held
+   WHERE NOT held.noted OR EXISTS (SELECT FROM {schema}.notes AS n WHERE n.job_id = held.id)
 ), gone AS (
   DELETE FROM {schema}.leases WHERE id = ANY (ARRAY(SELECT id FROM lease))
 ), body AS (

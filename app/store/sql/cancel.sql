@@ -13,11 +13,10 @@ WITH waiting AS (
   DELETE FROM {schema}.jobs WHERE id = ANY (ARRAY(SELECT id FROM place)) RETURNING {body}
 ), note AS (
   DELETE FROM {schema}.notes
-   WHERE job_id = ANY (ARRAY(SELECT id FROM place WHERE noted)) RETURNING job_id, last_error, error_type, checkpoint
+   WHERE job_id = ANY (ARRAY(SELECT id FROM place WHERE noted)) RETURNING job_id, {note}
 ), buried AS (
-  INSERT INTO {schema}.dead ({body}, state, attempt, reason, last_error, error_type, checkpoint, finished_at)
-  SELECT {body.}, 'cancelled', place.attempt, 'cancelled', note.last_error, note.error_type, note.checkpoint,
-         coalesce($1::timestamptz, now())
+  INSERT INTO {schema}.dead ({body}, state, attempt, reason, {note}, finished_at)
+  SELECT {body.}, 'cancelled', place.attempt, 'cancelled', {note.}, coalesce($1::timestamptz, now())
     FROM place
     JOIN body ON body.id = place.id
     LEFT JOIN note ON note.job_id = place.id

@@ -42,14 +42,15 @@ WITH verdict AS MATERIALIZED (
 ), note AS (
   DELETE FROM {schema}.notes
    WHERE job_id = ANY (ARRAY(SELECT id FROM verdict WHERE is_dead AND noted))
-  RETURNING job_id, last_error, error_type, checkpoint
+  RETURNING job_id, {note}
 ), buried AS (
   INSERT INTO {schema}.dead
-         ({body}, state, attempt, reason, last_error, error_type, checkpoint, worker, started_at, finished_at)
+         ({body}, state, attempt, reason, last_error, error_type, checkpoint, progress_percent, progress_message, worker,
+          started_at, finished_at)
   SELECT {body.}, verdict.state, verdict.attempt, verdict.reason,
          CASE WHEN verdict.error IS NULL THEN note.last_error ELSE verdict.error END,
          CASE WHEN verdict.error IS NULL THEN note.error_type ELSE verdict.error_type END,
-         note.checkpoint, verdict.worker, verdict.leased_at, verdict.now
+         note.checkpoint, note.progress_percent, note.progress_message, verdict.worker, verdict.leased_at, verdict.now
     FROM verdict
     JOIN body ON body.id = verdict.id
     LEFT JOIN note ON note.job_id = verdict.id

@@ -7,7 +7,7 @@
 -- limit: what is not handed out is not kept from other claims (but for what no reply has room for, until the
 -- COMMIT). Rows of `ready` are never updated, so their ctid stays theirs for the length of this statement.
 -- What is past its start deadline is seen by nobody: `expire` takes it away.
--- A reply stops before $11 bytes of payload, though never before its first job.
+-- A reply stops before $11 bytes of payloads and checkpoints, though never before its first job.
 -- There is always one row: `seen` tells an empty line from a line that others hold at this moment, and `passed_…` where
 -- the first job stands, at each priority, that was seen and not taken.
 WITH candidate AS MATERIALIZED (
@@ -44,16 +44,21 @@ WITH candidate AS MATERIALIZED (
    WHERE NOT EXISTS (SELECT FROM taken WHERE taken.tid = candidate.tid)
    GROUP BY priority
 ), sized AS MATERIALIZED (
-  SELECT taken.tid, taken.since, taken.attempt, taken.noted, body.*,
-         sum(octet_length(body.payload)) OVER (ORDER BY taken.priority DESC, taken.since, taken.id) AS bytes,
+  SELECT taken.tid, taken.since, taken.attempt, taken.noted, body.*, note.*,
+         sum(octet_length(body.payload) + coalesce(octet_length(note.checkpoint), 0)) OVER (ORDER BY taken.priority DESC, taken.since, taken.id) AS bytes,
          row_number() OVER (ORDER BY taken.priority DESC, taken.since, taken.id) AS place
     FROM taken
    CROSS JOIN LATERAL (
           SELECT b.id, b.queue, b.type, b.priority, b.max_retries, b.lease_seconds, b.timeout_seconds,
-                 b.created_at, b.run_at, b.traceparent, b.tags, b.metadata, b.payload
+                 b.created_at, b.run_at, b.traceparent, b.tags, b.metadata, b.source, b.payload
             FROM {schema}.jobs AS b
            WHERE b.id = taken.id
           OFFSET 0) AS body
+    LEFT JOIN LATERAL (
+          SELECT n.last_error, n.checkpoint
+            FROM {schema}.notes AS n
+           WHERE taken.noted AND n.job_id = taken.id
+          OFFSET 0) AS note ON true
 ), chosen AS MATERIALIZED (
   SELECT sized.*, ($8::uuid[])[sized.place] AS lease_id, ($10::text[])[sized.place] AS worker, clock.now AS leased_at,
          length.seconds AS lease_length_seconds,
@@ -81,12 +86,8 @@ SELECT (SELECT count(*) FROM candidate) AS seen,
        ARRAY(SELECT since FROM passed ORDER BY priority) AS passed_since, coalesce($1::timestamptz, now()) AS now,
        chosen.id, chosen.queue, chosen.type, chosen.payload, chosen.attempt + 1 AS attempt, chosen.max_retries,
        chosen.priority, chosen.lease_id, chosen.leased_at, chosen.expires_at, chosen.since, chosen.created_at,
-       chosen.run_at, chosen.tags, chosen.metadata, chosen.traceparent, note.last_error
+       chosen.run_at, chosen.tags, chosen.metadata, chosen.traceparent, chosen.source, chosen.last_error,
+       chosen.checkpoint
   FROM (VALUES (1)) AS always(row)
   LEFT JOIN chosen ON true
-  LEFT JOIN LATERAL (
-         SELECT n.last_error
-           FROM {schema}.notes AS n
-          WHERE chosen.noted AND n.job_id = chosen.id
-         OFFSET 0) AS note ON true
  ORDER BY chosen.place

@@ -2,7 +2,7 @@
 -- has had its effect and is dropped. No row comes back for a job that is not dead.
 WITH risen AS (
   DELETE FROM {schema}.dead WHERE id = $2::uuid
-  RETURNING {body}, state, attempt, last_error, error_type, checkpoint, coalesce($1::timestamptz, now()) AS now
+  RETURNING {body}, state, attempt, {note}, num_nonnulls({note}) > 0 AS noted, coalesce($1::timestamptz, now()) AS now
 ), body AS (
   INSERT INTO {schema}.jobs
          (id, created_at, queue, type, priority, run_at, lease_seconds, timeout_seconds, max_retries, backoff,
@@ -13,13 +13,10 @@ WITH risen AS (
          unique_scope, unique_window_seconds
     FROM risen
 ), note AS (
-  INSERT INTO {schema}.notes (job_id, last_error, error_type, checkpoint)
-  SELECT id, last_error, error_type, checkpoint
-    FROM risen
-   WHERE last_error IS NOT NULL OR checkpoint IS NOT NULL
+  INSERT INTO {schema}.notes (job_id, {note}) SELECT id, {note} FROM risen WHERE noted
 ), waiting AS (
   INSERT INTO {schema}.ready (id, queue, type, priority, attempt, noted, since)
-  SELECT id, queue, type, priority, attempt, last_error IS NOT NULL OR checkpoint IS NOT NULL, now
+  SELECT id, queue, type, priority, attempt, noted, now
     FROM risen
 ), counted AS (
   INSERT INTO {schema}.deltas (queue, ready, failed, cancelled, expired)
