@@ -20,7 +20,9 @@ ALTER TABLE notes ADD COLUMN error_group TEXT COLLATE "C";
 ALTER TABLE dead ADD COLUMN unique_scope TEXT, ADD COLUMN unique_window_seconds double precision,
     ADD COLUMN error_group TEXT COLLATE "C", ADD COLUMN progress_percent REAL, ADD COLUMN progress_message TEXT;
 CREATE INDEX dead_by_queue_and_age ON dead (queue, finished_at);
-CREATE INDEX dead_by_group ON dead (queue, error_group) WHERE state = 'failed';
+-- Jobs that have failed before are grouped by the type of their error alone.
+UPDATE dead SET error_group = left(md5(coalesce(error_type, '')), 16) WHERE state = 'failed';
+CREATE INDEX dead_by_group ON dead (queue, error_group, id) INCLUDE (finished_at) WHERE state = 'failed';
 ALTER TABLE history ADD COLUMN unique_scope TEXT, ADD COLUMN unique_window_seconds double precision,
     ADD COLUMN follow_ups UUID[];
 

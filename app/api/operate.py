@@ -60,7 +60,9 @@ class ListQuery(BaseModel):
     type: list[Name] = Field(default=[], max_length=100, description="repeatable")
     tag: Text | None = None
     worker: Text | None = None
-    error: Text | None = Field(default=None, description="the exact `type` of the last error")
+    error: Text | None = Field(
+        default=None, description="of the last error: its `error_group`, or its exact `type`"
+    )
     created_after: Instant | None = None
     created_before: Instant | None = None
     limit: int = Field(default=LIMIT_DEFAULT, ge=1, le=LIMIT_MAX)
@@ -74,7 +76,7 @@ class ListQuery(BaseModel):
             types=tuple(self.type),
             tag=self.tag,
             worker=self.worker,
-            error_type=self.error,
+            error=self.error,
             created_after=self.created_after,
             created_before=self.created_before,
         )

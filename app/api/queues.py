@@ -226,12 +226,12 @@ def router(service: Service) -> APIRouter:
         openapi_extra=answers(QueueReply, "The queue as it stands.", "not_found"),
     )
     async def show_queue(name: QueueName) -> Response:
-        return json_response(QueueReply.of(await service.queues.queue(_known(name))))
+        return json_response(QueueReply.of(await service.queues.queue(known(name))))
 
     return routes
 
 
-def _known(name: str) -> str:
+def known(name: str) -> str:
     """Return the name if a queue can have it. Raises QueueNotFoundError."""
     if not is_name(name):
         raise QueueNotFoundError

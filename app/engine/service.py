@@ -45,6 +45,7 @@ from app.queue.model import (
     Done,
     Ending,
     Failure,
+    FailureGroup,
     Heartbeat,
     Job,
     JobDefaults,
@@ -282,6 +283,10 @@ class Service:
         if not attempts:
             await self.job(job_id)
         return attempts
+
+    async def failures(self, queue: str) -> list[FailureGroup]:
+        """Return the queue's failed jobs in groups of alike errors, the largest first."""
+        return await self._reads.failures(queue)
 
     async def cancel(self, job_id: UUID) -> Job:
         """Cancel a job at once, or an active one at its worker's next word. Raises JobNotFoundError, WrongStateError."""

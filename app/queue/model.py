@@ -389,9 +389,26 @@ class JobFilter:
     types: tuple[str, ...] = ()
     tag: str | None = None
     worker: str | None = None
-    error_type: str | None = None
+    error: str | None = None
+    """An error group, or the exact type of an error."""
     created_after: datetime | None = None
     created_before: datetime | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FailureGroup:
+    """Failed jobs of one queue whose last errors are alike."""
+
+    error_group: str
+    type: str | None
+    message: str
+    """Of the sample's error, as is the type."""
+    count: int
+    first_at: datetime
+    """When the first of those that are kept failed."""
+    last_at: datetime
+    sample_job_id: UUID
+    """The youngest of them."""
 
 
 Decide = Callable[[Lease, datetime], Verdict]

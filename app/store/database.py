@@ -155,7 +155,7 @@ def _check_parameters(parameters: dict[str, str]) -> None:
 
 @cache
 def statement(name: str, schema: str, **parts: str) -> str:
-    """Return the text of `sql/<name>.sql` with the schema, the body's columns and the given parts filled in."""
+    """Return the text of `sql/<name>.sql` with the schema, the columns of body and note, and the given parts filled in."""
     text = (SQL_DIRECTORY / f"{name}.sql").read_text()
     quoted = '"' + schema.replace('"', '""') + '"'
     filled = {

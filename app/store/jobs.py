@@ -18,6 +18,7 @@ from uuid import UUID
 import asyncpg
 
 from app.queue.errors import UnavailableError
+from app.queue.groups import error_group
 from app.queue.lifecycle import State
 from app.queue.model import (
     Ack,
@@ -502,6 +503,7 @@ class Jobs:
                 [verdict.reason for verdict in verdicts],
                 [None if verdict.error is None else _error_text(verdict.error) for verdict in verdicts],
                 [None if verdict.error is None else verdict.error.type for verdict in verdicts],
+                [_group(verdict.error) for verdict in verdicts],
                 [verdict.outcome for verdict in verdicts],
                 verbs,
             )
@@ -651,6 +653,10 @@ def _moved(rows: Sequence[asyncpg.Record]) -> Moved | None:
 
 def _error_text(error: WorkError) -> bytes:
     return json.dumps({name: value for name, value in asdict(error).items() if value is not None}).encode()
+
+
+def _group(error: WorkError | None) -> str | None:
+    return None if error is None else error_group(error.type, error.message)
 
 
 def _done(row: asyncpg.Record) -> Done:

@@ -4,6 +4,7 @@ A read is one statement, so its snapshot shows every job in exactly one place. A
 when the database is away or the read takes longer than READ_TIMEOUT_SECONDS.
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -25,6 +26,7 @@ from sqlalchemy import (
     false,
     func,
     literal,
+    literal_column,
     null,
     or_,
     select,
@@ -35,8 +37,9 @@ from sqlalchemy.dialects.postgresql import TIMESTAMP
 from sqlalchemy.types import TypeEngine
 
 from app.queue.errors import JobNotFoundError
+from app.queue.groups import is_error_group
 from app.queue.lifecycle import State
-from app.queue.model import Attempt, Job, JobFilter, Outcome
+from app.queue.model import Attempt, FailureGroup, Job, JobFilter, Outcome
 from app.store.database import Database, rows_of
 from app.store.jobs import job_of
 from app.store.schema import (
@@ -59,6 +62,7 @@ PAGE_BYTES_MAX = 8 * 1024 * 1024
 
 WORKERS_MAX = 100
 ATTEMPTS_MAX = 1000
+GROUPS_MAX = 1000
 
 _BODY = (
     "payload",
@@ -190,6 +194,31 @@ class Reads:
             for row in rows
         ]
 
+    async def failures(self, queue: str) -> list[FailureGroup]:
+        """Return the groups of the queue's failed jobs, the largest first, at most GROUPS_MAX."""
+        # Written out, so that the index of failed jobs is known to have all that is asked for.
+        failed = and_(dead.c.queue == queue, dead.c.state == literal_column("'failed'"))
+        count, last_at = func.count().label("count"), func.max(dead.c.finished_at).label("last_at")
+        groups = (
+            select(dead.c.error_group, count, func.min(dead.c.finished_at).label("first_at"), last_at)
+            .where(failed)
+            .group_by(dead.c.error_group)
+            .order_by(count.desc(), last_at.desc())
+            .limit(GROUPS_MAX)
+            .subquery()
+        )
+        sample = (
+            select(dead.c.id, dead.c.last_error)
+            .where(failed, dead.c.error_group == groups.c.error_group)
+            .order_by(dead.c.id.desc())
+            .limit(1)
+            .lateral()
+        )
+        rows = await self._all(
+            select(groups, sample).order_by(groups.c.count.desc(), groups.c.last_at.desc())
+        )
+        return [_failure_group(row) for row in rows]
+
     async def counts(self) -> dict[str, dict[State, int]]:
         """Return how many jobs of each queue are in each state now: exact, in one snapshot."""
         both = union_all(
@@ -242,6 +271,19 @@ class Reads:
         return await rows_of(self._database.reading, statement)
 
 
+def _failure_group(row: RowMapping) -> FailureGroup:
+    error = json.loads(row["last_error"])
+    return FailureGroup(
+        error_group=row["error_group"],
+        type=error.get("type"),
+        message=error["message"],
+        count=row["count"],
+        first_at=row["first_at"],
+        last_at=row["last_at"],
+        sample_job_id=row["id"],
+    )
+
+
 def _places(states: frozenset[State], ended_after: datetime | None = None) -> list[Select[Any]]:
     """Return a SELECT for each table that may hold a job in one of the states, all with the same columns."""
     places: list[Select[Any]] = []
@@ -274,7 +316,7 @@ def _places(states: frozenset[State], ended_after: datetime | None = None) -> li
                 reason=dead.c.reason,
                 error_type=dead.c.error_type,
                 result=_nothing(LargeBinary()),
-            ).where(dead.c.state.in_(sorted(dead_states)))
+            ).where(dead.c.state.in_([literal_column(f"'{state}'") for state in sorted(dead_states)]))
         )
     if State.COMPLETED in states:
         done = _ended(
@@ -373,8 +415,9 @@ def _filtered(place: Select[Any], wanted: JobFilter, before: UUID | None) -> Sel
         conditions.append(job.c.tags.op("?")(wanted.tag))
     if wanted.worker is not None:
         conditions.append(job.c.worker == wanted.worker)
-    if wanted.error_type is not None:
-        conditions.append(job.c.error_type == wanted.error_type)
+    if wanted.error is not None:
+        column = job.c.error_group if is_error_group(wanted.error) else job.c.error_type
+        conditions.append(column == wanted.error)
     if wanted.created_after is not None:
         conditions.append(job.c.created_at > wanted.created_after)
     if wanted.created_before is not None:

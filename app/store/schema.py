@@ -242,7 +242,15 @@ dead = Table(
     Column("progress_message", Text),
     Index("dead_by_queue", "queue", "state", "id"),
     Index("dead_by_queue_and_age", "queue", "finished_at"),
-    Index("dead_by_group", "queue", "error_group", postgresql_where=text("state = 'failed'")),
+    Index(
+        "dead_by_group",
+        "queue",
+        "error_group",
+        "id",
+        # Groups are counted in the index alone.
+        postgresql_include=["finished_at"],
+        postgresql_where=text("state = 'failed'"),
+    ),
     Index("dead_by_age", "finished_at"),
 )
 

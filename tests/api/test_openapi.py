@@ -272,6 +272,8 @@ async def look(call: Checked, job_ids: list[str]) -> None:
         await call("GET", "/jobs/{job_id}/attempts", job_id=job_id)
     for query in ("", "?limit=2", "?state=failed&tag=a&error=Boom", "?limit=0"):
         await call("GET", "/jobs", query)
+    for name in ("q", "-"):
+        await call("GET", "/queues/{name}/failures", name=name)
     for path in ("/stats", "/health/live", "/health/ready", "/health", "/metrics"):
         await call("GET", path)
     for job_id in job_ids:

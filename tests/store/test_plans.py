@@ -354,6 +354,7 @@ class TestSettling:
             each("because"),
             each(b"{}"),
             each(None),
+            each("group"),
             each("failed"),
             each("fail"),
         )

@@ -1,14 +1,14 @@
 -- Write the verdicts on leases that this transaction has locked: end each lease, put the job where its verdict
 -- says, keep the attempt. $2… name the job, its state, the attempts that count, when it is due, why it died, the
--- error with its type, how the attempt ended, and the verb that ended it.
+-- error with its type and group, how the attempt ended, and the verb that ended it.
 WITH verdict AS MATERIALIZED (
   SELECT t.*, mine.queue, mine.type, mine.priority, mine.since, mine.noted, mine.lease_id, mine.leased_at,
          mine.worker, mine.attempt AS this_attempt, clock.now, t.state IN ('failed', 'cancelled') AS is_dead
     FROM (SELECT coalesce($1::timestamptz, now()) AS now) AS clock
    CROSS JOIN unnest(
            $2::uuid[], $3::text[], $4::int[], $5::timestamptz[], $6::text[], $7::bytea[], $8::text[], $9::text[],
-           $10::text[])
-         AS t(id, state, attempt, run_at, reason, error, error_type, outcome, verb)
+           $10::text[], $11::text[])
+         AS t(id, state, attempt, run_at, reason, error, error_type, error_group, outcome, verb)
    CROSS JOIN LATERAL (SELECT l.* FROM {schema}.leases AS l WHERE l.id = t.id OFFSET 0) AS mine
 ), gone AS (
   DELETE FROM {schema}.leases WHERE id = ANY (ARRAY(SELECT id FROM verdict))
@@ -32,11 +32,12 @@ WITH verdict AS MATERIALIZED (
     LEFT JOIN unstarted ON unstarted.id = verdict.id
    WHERE state IN ('scheduled', 'retry')
 ), noted AS (
-  INSERT INTO {schema}.notes (job_id, last_error, error_type)
-  SELECT id, error, error_type
+  INSERT INTO {schema}.notes (job_id, last_error, error_type, error_group)
+  SELECT id, error, error_type, error_group
     FROM verdict
    WHERE NOT is_dead AND error IS NOT NULL
-  ON CONFLICT (job_id) DO UPDATE SET last_error = excluded.last_error, error_type = excluded.error_type
+  ON CONFLICT (job_id) DO UPDATE
+     SET last_error = excluded.last_error, error_type = excluded.error_type, error_group = excluded.error_group
 ), body AS (
   DELETE FROM {schema}.jobs WHERE id = ANY (ARRAY(SELECT id FROM verdict WHERE is_dead)) RETURNING {body}
 ), note AS (
@@ -45,12 +46,13 @@ WITH verdict AS MATERIALIZED (
   RETURNING job_id, {note}
 ), buried AS (
   INSERT INTO {schema}.dead
-         ({body}, state, attempt, reason, last_error, error_type, checkpoint, progress_percent, progress_message, worker,
-          started_at, finished_at)
-  SELECT {body.}, verdict.state, verdict.attempt, verdict.reason,
+         ({body}, checkpoint, progress_percent, progress_message, last_error, error_type, error_group, state, attempt,
+          reason, worker, started_at, finished_at)
+  SELECT {body.}, note.checkpoint, note.progress_percent, note.progress_message,
          CASE WHEN verdict.error IS NULL THEN note.last_error ELSE verdict.error END,
          CASE WHEN verdict.error IS NULL THEN note.error_type ELSE verdict.error_type END,
-         note.checkpoint, note.progress_percent, note.progress_message, verdict.worker, verdict.leased_at, verdict.now
+         CASE WHEN verdict.error IS NULL THEN note.error_group ELSE verdict.error_group END,
+         verdict.state, verdict.attempt, verdict.reason, verdict.worker, verdict.leased_at, verdict.now
     FROM verdict
     JOIN body ON body.id = verdict.id
     LEFT JOIN note ON note.job_id = verdict.id
