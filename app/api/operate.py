@@ -122,7 +122,7 @@ def router(service: Service, metrics: Metrics) -> APIRouter:  # noqa: C901  # a 
         openapi_extra=answers(JobReply, "The job as it stands now.", "not_found", "wrong_state"),
     )
     async def cancel_job(job_id: JobId) -> Response:
-        return json_response(JobReply.of(await service.cancel(job_id_of(job_id))))
+        return json_response(JobReply.of(await service.operating.cancel(job_id_of(job_id))))
 
     @routes.post(
         "/jobs/{job_id}/retry",
@@ -132,7 +132,7 @@ def router(service: Service, metrics: Metrics) -> APIRouter:  # noqa: C901  # a 
         openapi_extra=answers(JobReply, "The job as it stands now.", "not_found", "wrong_state"),
     )
     async def retry_job(job_id: JobId) -> Response:
-        return json_response(JobReply.of(await service.retry(job_id_of(job_id))))
+        return json_response(JobReply.of(await service.operating.retry(job_id_of(job_id))))
 
     @routes.delete(
         "/jobs/{job_id}",
@@ -142,7 +142,7 @@ def router(service: Service, metrics: Metrics) -> APIRouter:  # noqa: C901  # a 
         openapi_extra=answers(None, "It is gone, with its attempts.", "not_found", "wrong_state"),
     )
     async def delete_job(job_id: JobId) -> Response:
-        await service.delete(job_id_of(job_id))
+        await service.operating.delete(job_id_of(job_id))
         return Response(status_code=204)
 
     @routes.get(

@@ -20,24 +20,21 @@ from app.engine.copies import Copies
 from app.engine.cursors import Cursors
 from app.engine.leasing import Claims, LeaseRequest
 from app.engine.maintenance import Keeping, Maintenance, attempt_ended, ready_places
+from app.engine.operating import Operating
 from app.engine.policies import Policies
 from app.engine.queues import Queues
 from app.engine.running import TaskOwner
 from app.engine.wakeup import Wakeups
 from app.engine.watching import Watching
-from app.queue.errors import JobNotFoundError, LeaseLostError, QueueError, UnavailableError, WrongStateError
+from app.queue.errors import JobNotFoundError, LeaseLostError, QueueError, UnavailableError
 from app.queue.events import (
-    CancelRequested,
-    JobCancelled,
     JobCompleted,
-    JobDeleted,
     JobEnqueued,
     JobLeased,
     JobProgressed,
-    JobRetried,
     Observer,
 )
-from app.queue.lifecycle import TERMINAL, Event, State, may, summed_up
+from app.queue.lifecycle import State, summed_up
 from app.queue.model import (
     Ack,
     Attempt,
@@ -60,13 +57,10 @@ from app.queue.model import (
 )
 from app.queue.policy import check_deadline, decide_failure, decide_release, needs_clock
 from app.store.database import Database
-from app.store.jobs import BEGINNING, Claim, Jobs, Line, Moved, Place
+from app.store.jobs import BEGINNING, Claim, Jobs, Line, Place
 from app.store.queues import TOPIC as QUEUES
 from app.store.queues import StoredQueues
 from app.store.reads import Reads, WorkerSeen
-
-LOOKS_MAX = 10
-"""How often a verb looks again for a job that others move at that moment, before it gives up for now."""
 
 LOOKS_AT_ONCE_MAX = 4
 """How often a lease looks, without a pause, while others hold what is ready: most often they have taken it by then, and
@@ -91,9 +85,6 @@ Answered = TypeVar("Answered", bound=Said)
 GIVE_BACK_SECONDS_MAX = 5.0
 
 READINESS_SECONDS_MAX = 2.0
-
-CANCELLABLE = frozenset(state for state in State if may(state, Event.CANCEL))
-RETRIABLE = frozenset(state for state in State if may(state, Event.RETRY))
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,6 +156,7 @@ class Service:
         self.policies = Policies(stored, defaults, strict=not create_queues)
         self.copies.keep(QUEUES, self.policies.load)
         self.queues = Queues(stored, self.copies, observer, self.oldest_ready_seconds)
+        self.operating = Operating(jobs, self._reads, observer, self.wakeups)
         self.maintenance = Maintenance(jobs, self.wakeups, observer, keeping, maintenance_seconds)
 
     async def start(self) -> None:
@@ -287,30 +279,6 @@ class Service:
     async def failures(self, queue: str) -> list[FailureGroup]:
         """Return the queue's failed jobs in groups of alike errors, the largest first."""
         return await self._reads.failures(queue)
-
-    async def cancel(self, job_id: UUID) -> Job:
-        """Cancel a job at once, or an active one at its worker's next word. Raises JobNotFoundError, WrongStateError."""
-        moved = await self._move(job_id, self._jobs.cancel, "cancelled", CANCELLABLE, done=State.CANCELLED)
-        if moved is not None:
-            event = CancelRequested if moved.state is State.ACTIVE else JobCancelled
-            self._observer.on(event(job_id=job_id, queue=moved.queue, type=moved.type))
-        return await self.job(job_id)
-
-    async def retry(self, job_id: UUID) -> Job:
-        """Bring a dead job back with a fresh budget. Raises JobNotFoundError, WrongStateError."""
-        moved = await self._move(job_id, self._jobs.retry, "retried", RETRIABLE)
-        if moved is not None:
-            self._observer.on(JobRetried(job_id=job_id, queue=moved.queue, type=moved.type))
-            job = await self.job(job_id)
-            self.wakeups.placed([Place(Line(job.queue, job.type), job.priority, job.run_at)])
-            return job
-        return await self.job(job_id)
-
-    async def delete(self, job_id: UUID) -> None:
-        """Remove a terminal job. Raises JobNotFoundError, WrongStateError."""
-        moved = await self._move(job_id, self._jobs.delete, "deleted", TERMINAL)
-        if moved is not None:
-            self._observer.on(JobDeleted(job_id=job_id, queue=moved.queue, type=moved.type))
 
     async def counts(self) -> dict[str, dict[State, int]]:
         """Count what is kept now, by queue and state."""
@@ -525,28 +493,6 @@ class Service:
         for job_id in lost:
             recalled[job_id] = LeaseLostError(states[job_id]) if job_id in states else JobNotFoundError()
         return recalled
-
-    async def _move(
-        self,
-        job_id: UUID,
-        move: Callable[[UUID], Awaitable[Moved | None]],
-        participle: str,
-        allowed: frozenset[State],
-        done: State | None = None,
-    ) -> Moved | None:
-        """Move a job by its id; None when it already is where it should go."""
-        for _ in range(LOOKS_MAX):
-            moved = await move(job_id)
-            if moved is not None:
-                return moved
-            state = (await self.job(job_id)).state
-            if state is done:
-                return None
-            if state not in allowed:
-                raise WrongStateError(state, participle)
-            # It may be moved, but was not there: another transaction was moving it. Look again, with new eyes.
-        message = "The job is being moved by others again and again; try later."
-        raise UnavailableError(message)
 
 
 def _job_id(item: Ack | Ending | Heartbeat) -> UUID:

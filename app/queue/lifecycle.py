@@ -136,6 +136,10 @@ def may(state: State, event: Event) -> bool:
     return event in TRANSITIONS[state]
 
 
+CANCELLABLE = frozenset(state for state in State if may(state, Event.CANCEL))
+RETRIABLE = frozenset(state for state in State if may(state, Event.RETRY))
+
+
 def diagram() -> str:
     """Return the table as a Mermaid state diagram: the documentation's copy is checked against it."""
     moves = ["    [*] --> scheduled: enqueue", "    [*] --> ready: enqueue"]

@@ -8,7 +8,7 @@ connection died at the COMMIT itself, of unknown outcome.
 """
 
 import json
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache
@@ -19,7 +19,7 @@ import asyncpg
 
 from app.queue.errors import UnavailableError
 from app.queue.groups import error_group
-from app.queue.lifecycle import State
+from app.queue.lifecycle import RETRIABLE, TERMINAL, State
 from app.queue.model import (
     Ack,
     Backoff,
@@ -128,13 +128,14 @@ class Expired(NamedTuple):
     type: str
 
 
-@dataclass(frozen=True, slots=True)
-class Moved:
-    """The job that an operator's verb moved, and the state that it left."""
+class Moved(NamedTuple):
+    """A job that an operator's verb moved, the state that it left, and where it stands if that is ready now."""
 
+    job_id: UUID
     queue: str
     type: str
     state: State
+    place: Place | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -362,17 +363,24 @@ class Jobs:
         expired = [Expired(row["id"], row["queue"], row["type"]) for row in rows if row["id"] is not None]
         return expired, rows[0]["now"]
 
-    async def cancel(self, job_id: UUID) -> Moved | None:
-        """Cancel a waiting job, or ask for the end of an active one (then the state left is ACTIVE)."""
-        return _moved(await self._database.fetch("cancel", self._clock(), job_id))
+    async def cancel(self, job_ids: Sequence[UUID]) -> list[Moved]:
+        """Cancel waiting jobs, or ask for the end of active ones (then the state left is ACTIVE).
 
-    async def retry(self, job_id: UUID) -> Moved | None:
-        """Make a dead job ready again, with a fresh retry budget."""
-        return _moved(await self._database.fetch("retry", self._clock(), job_id))
+        Here and below: returns those that it has moved.
+        """
+        return _moved(await self._database.fetch("cancel", self._clock(), job_ids))
 
-    async def delete(self, job_id: UUID) -> Moved | None:
-        """Remove a terminal job and its attempts."""
-        return _moved(await self._database.fetch("delete", job_id))
+    async def retry(self, job_ids: Sequence[UUID], states: Collection[State] = RETRIABLE) -> list[Moved]:
+        """Make dead jobs in these states ready again, the first the first, each with a fresh retry budget."""
+        rows = await self._database.fetch("retry", self._clock(), job_ids, list(states))
+        return [
+            moved._replace(place=Place(Line(moved.queue, moved.type), row["priority"], row["since"]))
+            for moved, row in zip(_moved(rows), rows, strict=True)
+        ]
+
+    async def delete(self, job_ids: Sequence[UUID], states: Collection[State] = TERMINAL) -> list[Moved]:
+        """Remove terminal jobs in these states, and their attempts."""
+        return _moved(await self._database.fetch("delete", job_ids, list(states)))
 
     async def survive_outage(self, longer_than_seconds: float, at_most_seconds: float) -> int:
         """Note that the reaper is at work, and first give leases back what an outage took; return how many."""
@@ -647,8 +655,8 @@ def _lease(row: asyncpg.Record) -> Lease:
     )
 
 
-def _moved(rows: Sequence[asyncpg.Record]) -> Moved | None:
-    return next((Moved(row["queue"], row["type"], State(row["state"])) for row in rows), None)
+def _moved(rows: Sequence[asyncpg.Record]) -> list[Moved]:
+    return [Moved(row["id"], row["queue"], row["type"], State(row["state"])) for row in rows]
 
 
 def _error_text(error: WorkError) -> bytes:

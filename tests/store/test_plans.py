@@ -371,15 +371,15 @@ class TestSettling:
 class TestOperating:
     @pytest.mark.parametrize("place", PLACES)
     async def test_a_cancel_looks_its_job_up(self, seeded: Seeded, place: str):
-        plan = await seeded.explain("cancel", None, seeds(place, 1)[0])
+        plan = await seeded.explain("cancel", None, seeds(place, 1))
         plan.assert_reads_only_what_it_takes(1)
         assert plan.rows == (1 if seeded.ready else 0)
 
     async def test_retry_and_delete_look_their_job_up(self, databases: dict[str, Seeded], seeded: Seeded):
         empty = databases["empty_never_analysed"]
         for values in (
-            await asked(empty, lambda jobs: jobs.retry(uuid4())),
-            await asked(empty, lambda jobs: jobs.delete(uuid4())),
+            await asked(empty, lambda jobs: jobs.retry([uuid4()])),
+            await asked(empty, lambda jobs: jobs.delete([uuid4()])),
         ):
             (await seeded.explain_text(*values)).assert_reads_only_what_it_takes(0)
 

@@ -1,12 +1,13 @@
--- Cancel a job that waits, or ask for the end of one that is active. No row comes back for a job that is neither,
--- or that another transaction has moved since this statement began: the caller looks again then.
+-- Cancel jobs ($2) that wait, or ask for the end of active ones. No row comes back for a job that is neither, or that
+-- another transaction has moved since this statement began: the caller looks again then.
 WITH waiting AS (
-  DELETE FROM {schema}.ready WHERE id = $2::uuid RETURNING id, queue, type, attempt, noted, 'ready' AS state
+  DELETE FROM {schema}.ready WHERE id = ANY ($2::uuid[]) RETURNING id, queue, type, attempt, noted, 'ready' AS state
 ), delayed AS (
-  DELETE FROM {schema}.scheduled WHERE id = $2::uuid
+  DELETE FROM {schema}.scheduled WHERE id = ANY ($2::uuid[])
   RETURNING id, queue, type, attempt, noted, CASE WHEN is_retry THEN 'retry' ELSE 'scheduled' END AS state
 ), asked AS (
-  UPDATE {schema}.leases SET cancel_requested = true WHERE id = $2::uuid RETURNING id, queue, type, 'active' AS state
+  UPDATE {schema}.leases SET cancel_requested = true WHERE id = ANY ($2::uuid[])
+  RETURNING id, queue, type, 'active' AS state
 ), place AS (
   SELECT * FROM waiting UNION ALL SELECT * FROM delayed
 ), body AS (
@@ -22,10 +23,12 @@ WITH waiting AS (
     LEFT JOIN note ON note.job_id = place.id
 ), counted AS (
   INSERT INTO {schema}.deltas (queue, ready, scheduled, retry, cancelled)
-  SELECT queue, CASE WHEN state = 'ready' THEN -1 END, CASE WHEN state = 'scheduled' THEN -1 END,
-         CASE WHEN state = 'retry' THEN -1 END, 1
+  SELECT queue, -nullif(count(*) FILTER (WHERE state = 'ready'), 0),
+         -nullif(count(*) FILTER (WHERE state = 'scheduled'), 0), -nullif(count(*) FILTER (WHERE state = 'retry'), 0),
+         count(*)
     FROM place
+   GROUP BY queue
 )
-SELECT queue, type, state FROM place
+SELECT id, queue, type, state FROM place
 UNION ALL
-SELECT queue, type, state FROM asked
+SELECT id, queue, type, state FROM asked

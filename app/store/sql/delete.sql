@@ -1,8 +1,9 @@
--- Remove a terminal job with its attempts. No row comes back for a job that is not terminal.
+-- Remove terminal jobs ($1) in one of these states ($2), with their attempts. No row comes back for a job that is in
+-- none of them.
 WITH buried AS (
-  DELETE FROM {schema}.dead WHERE id = $1::uuid RETURNING id, queue, type, state
+  DELETE FROM {schema}.dead WHERE id = ANY ($1::uuid[]) AND state = ANY ($2::text[]) RETURNING id, queue, type, state
 ), done AS (
-  DELETE FROM {schema}.history WHERE id = $1::uuid
+  DELETE FROM {schema}.history WHERE id = ANY ($1::uuid[]) AND 'completed' = ANY ($2::text[])
   RETURNING id, queue, type, 'completed' AS state
 ), removed AS (
   SELECT * FROM buried UNION ALL SELECT * FROM done
@@ -11,8 +12,10 @@ WITH buried AS (
    WHERE job_id = ANY (ARRAY(SELECT id FROM removed))
 ), counted AS (
   INSERT INTO {schema}.deltas (queue, completed, failed, cancelled, expired)
-  SELECT queue, CASE WHEN state = 'completed' THEN -1 END, CASE WHEN state = 'failed' THEN -1 END,
-         CASE WHEN state = 'cancelled' THEN -1 END, CASE WHEN state = 'expired' THEN -1 END
+  SELECT queue, -nullif(count(*) FILTER (WHERE state = 'completed'), 0),
+         -nullif(count(*) FILTER (WHERE state = 'failed'), 0), -nullif(count(*) FILTER (WHERE state = 'cancelled'), 0),
+         -nullif(count(*) FILTER (WHERE state = 'expired'), 0)
     FROM removed
+   GROUP BY queue
 )
-SELECT queue, type, state FROM removed
+SELECT id, queue, type, state FROM removed
