@@ -1,6 +1,6 @@
 # `make help` lists the targets. Everything works from a fresh clone: the first target that needs it makes .venv.
 .DEFAULT_GOAL := help
-.PHONY: help run test check lint types contracts openapi openapi-check unit demo bench bench-quick migrate format lock clean system-tools
+.PHONY: help run test check lint types contracts openapi openapi-check unit pooler demo bench bench-quick migrate format lock clean system-tools
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -13,7 +13,7 @@ help: ## Show this list
 run: .venv/.run ## Start leaseq with its own PostgreSQL (or DATABASE_URL), migrated and ready to take jobs
 	@exec $(BIN)/python -m app serve
 
-test: .venv/.dev system-tools check unit ## Everything that must pass: lint, types, contracts, drift, tests
+test: .venv/.dev system-tools check unit pooler ## Everything that must pass: lint, types, contracts, drift, tests
 
 check: lint types contracts openapi-check ## All checks but the tests
 
@@ -35,6 +35,9 @@ openapi-check: .venv/.dev ## Fail when openapi.yaml is not what the routes say
 
 unit: .venv/.dev ## The tests alone
 	$(BIN)/python -m pytest -n $(JOBS) --cov --cov-report=term
+
+pooler: .venv/.dev system-tools ## The API's tests again, through PgBouncer in transaction mode
+	LEASEQ_TEST_POOLER=1 $(BIN)/python -m pytest -q -n $(JOBS) tests/api
 
 demo: .venv/.dev ## Three workers in three languages digest a tree of files; one is killed on the way
 	$(BIN)/python -m examples.demo
@@ -77,11 +80,13 @@ clean: ## Remove what was made here, but not the data in .leaseq
 	@$(BIN)/python -m pip install -q --disable-pip-version-check --require-hashes -r requirements/dev.txt
 	@touch .venv/.run $@
 
-# The shell worker of examples/ is tested too, and it needs these two.
+# The shell worker of examples/ is tested too, and it needs the first two; the third is the pooler of `make pooler`.
+TOOLS := jq curl pgbouncer
 system-tools:
-	@command -v jq >/dev/null && command -v curl >/dev/null || { \
-	  [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq && apt-get install -y -qq jq curl >/dev/null; } || { \
-	  echo "The tests of the shell worker need jq and curl: install them with your package manager."; exit 1; }
+	@export PATH="$$PATH:/usr/sbin"; (for tool in $(TOOLS); do command -v $$tool || exit 1; done) >/dev/null || { \
+	  [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq && \
+	    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq $(TOOLS) >/dev/null; } || { \
+	  echo "The tests need $(TOOLS): install them with your package manager."; exit 1; }
 
 .venv/.bench: requirements/bench.txt | .venv/bin/python
 	@$(BIN)/python -m pip install -q --disable-pip-version-check --require-hashes -r requirements/bench.txt

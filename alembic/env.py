@@ -5,8 +5,8 @@ import asyncio
 from sqlalchemy import Connection, text
 
 from alembic import context
+from app.main import database_of
 from app.settings import load_settings
-from app.store.database import Database
 from app.store.schema import metadata
 
 LOCK_TIMEOUT = "5s"
@@ -41,7 +41,7 @@ def migrate(connection: Connection, schema: str) -> None:
 async def from_command_line() -> None:
     """Serve the plain `alembic` command: connect to the database that the environment names."""
     settings = load_settings()
-    database = Database(settings.require_database_url(), schema=settings.schema_name)
+    database = database_of(settings)
     try:
         async with database.patient() as connection:
             await connection.run_sync(migrate, settings.schema_name)

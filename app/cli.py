@@ -12,11 +12,10 @@ import typer
 import uvloop
 import yaml
 
-from app.main import Machine, NotMigratedError, build, connected, serve, stop_signals
+from app.main import Machine, NotMigratedError, build, connected, database_of, serve, stop_signals
 from app.processes import Parent, StartError, serve_together
 from app.queue.errors import UnavailableError
 from app.settings import Settings, SettingsError, load_settings
-from app.store.database import Database
 from app.store.embedded import EmbeddedDatabaseError, embedded_database
 from app.store.migrate import MigrationError, downgrade, upgrade
 from app.telemetry import configure_logging
@@ -91,7 +90,7 @@ def openapi_command(
 
 
 async def _migrate(settings: Settings, revision: str, *, down: bool) -> None:
-    database = Database(settings.require_database_url(), schema=settings.schema_name)
+    database = database_of(settings)
     try:
         await (downgrade if down else upgrade)(database, revision)
     finally:

@@ -63,9 +63,7 @@ def build(
     `clock` moves the database's clock in tests. `process` is the number of this process among several that serve
     one address.
     """
-    database = Database(
-        settings.require_database_url(), schema=settings.schema_name, pool_size=settings.db_pool_size
-    )
+    database = database_of(settings)
     jobs = Jobs(database, clock)
     metrics = Metrics(process)
     watching = Watching(database, jobs, settings.max_job_watchers)
@@ -89,6 +87,17 @@ def build(
     )
     showing = None if process is None else Showing(lambda: show_process(service, metrics))
     return Machine(settings, database, jobs, service, api, showing)
+
+
+def database_of(settings: Settings) -> Database:
+    """Return the database that the settings name. Raises SettingsError when they name none."""
+    return Database(
+        settings.require_database_url(),
+        schema=settings.schema_name,
+        pool_size=settings.db_pool_size,
+        direct_url=settings.database_listen_url,
+        pooled=settings.pooler == "transaction",
+    )
 
 
 @asynccontextmanager

@@ -21,10 +21,9 @@ from tempfile import TemporaryDirectory
 
 import structlog
 
-from app.main import Server, address_refused, ensure_migrated, serve, stop_signals
+from app.main import Server, address_refused, database_of, ensure_migrated, serve, stop_signals
 from app.queue.errors import UnavailableError
 from app.settings import Settings
-from app.store.database import Database
 from app.telemetry import SHARED_DIRECTORY, forget
 
 READY = "ready"
@@ -57,7 +56,7 @@ async def serve_together(settings: Settings, ready: Callable[[int], None]) -> in
     `ready` is called with the port once all of them take requests.
     Raises StartError, and UnavailableError and NotMigratedError as `serve` does.
     """
-    database = Database(settings.require_database_url(), schema=settings.schema_name)
+    database = database_of(settings)
     try:
         await ensure_migrated(database, migrate=settings.migrate)
     finally:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from dotenv import dotenv_values
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from app.queue.model import Backoff, BackoffStrategy, JobDefaults
@@ -33,6 +33,14 @@ class Settings(BaseSettings):
         default=None,
         validation_alias="DATABASE_URL",
         description="PostgreSQL 14 or newer, in either of libpq's forms; unset: an embedded PostgreSQL",
+    )
+    pooler: Literal["none", "transaction"] = Field(
+        default="none", description="`transaction`: DATABASE_URL leads through a pooler of transactions"
+    )
+    database_listen_url: str | None = Field(
+        default=None,
+        validation_alias="DATABASE_LISTEN_URL",
+        description="the same database past the pooler: for hints between processes, and for migrations",
     )
     schema_name: str = Field(
         default="leaseq",
@@ -96,13 +104,13 @@ class Settings(BaseSettings):
         default="auto", description="`json`, `pretty`, or `auto`: pretty on a terminal"
     )
 
-    @field_validator("database_url")
+    @field_validator("database_url", "database_listen_url")
     @classmethod
-    def _understandable_url(cls, value: str | None) -> str | None:
+    def _understandable_url(cls, value: str | None, info: ValidationInfo) -> str | None:
         if not value:
             return None
         try:
-            connect_arguments(value)
+            connect_arguments(value, variable_of(str(info.field_name)))
         except DatabaseUrlError as error:
             raise ValueError(str(error)) from None
         return value
@@ -115,6 +123,12 @@ class Settings(BaseSettings):
         if len(value.encode()) > SCHEMA_BYTES_MAX:
             raise ValueError(f"may have at most {SCHEMA_BYTES_MAX} bytes")
         return value
+
+    @model_validator(mode="after")
+    def _asks_no_more_than_a_pooler_passes_on(self) -> "Settings":
+        if self.pooler != "none" and self.database_url is not None:
+            connect_arguments(self.database_url, pooled=True)
+        return self
 
     @model_validator(mode="after")
     def _open_only_on_purpose(self) -> "Settings":
@@ -186,7 +200,7 @@ def _sentence(error: ValidationError) -> str:
         return f"{message}."
     field = str(first["loc"][0])
     name = variable_of(field) if field in Settings.model_fields else field
-    if name == "DATABASE_URL":
+    if name in {"DATABASE_URL", "DATABASE_LISTEN_URL"}:
         return f"{message}."
     return f"{name} is {first['input']!r}: {message}."
 

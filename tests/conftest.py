@@ -22,6 +22,7 @@ from app.store.embedded import embedded_database
 from app.store.jobs import Jobs
 from app.store.migrate import upgrade
 from tests.invariants import broken_invariants
+from tests.pooler import pooler
 
 TEMPLATE = "leaseq_template"
 NEVER_SECONDS = 3600.0
@@ -38,6 +39,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def with_database(url: str, name: str) -> str:
     """Return `url` with another database in it."""
     return urlunsplit(urlsplit(url)._replace(path=f"/{name}"))
+
+
+def through(pooler_url: str, database_url: str) -> str:
+    """Return the way to a database through a pooler."""
+    return with_database(pooler_url, urlsplit(database_url).path.removeprefix("/"))
 
 
 class Clock:
@@ -155,13 +161,17 @@ class World:
     clock: Clock
     stack: AsyncExitStack
     overrides: dict[str, Any] = field(default_factory=dict)
+    pooled_url: str | None = None
+    """The same database through a pooler, if the replicas are to go that way."""
     on_time: bool = False
     """Whether replicas promote a delayed job at the instant when it is due; else it waits for `maintain`, however slow
     the machine is that runs the test."""
 
     def settings(self, **overrides: Any) -> Settings:
         wanted: dict[str, Any] = {
-            "database_url": self.database_url,
+            "database_url": self.database_url if self.pooled_url is None else self.pooled_url,
+            "database_listen_url": self.database_url,
+            "pooler": "none" if self.pooled_url is None else "transaction",
             "host": "127.0.0.1",
             "port": 0,
             "migrate": False,
@@ -200,7 +210,8 @@ class World:
         ) as machine:
             if not self.on_time:
                 machine.service.maintenance.expect = lambda due_seconds: None  # type: ignore[method-assign]  # noqa: ARG005
-            await machine.service.wakeups.listening.wait()
+            if machine.database.can_listen:
+                await machine.service.wakeups.listening.wait()
             server = Server(machine)
             # Not `serve`: signals are the test runner's.
             serving = asyncio.create_task(server._serve())
@@ -223,6 +234,13 @@ def cluster_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     # Nothing here has to outlive the machine's power; the tests that kill processes do not need fsync either.
     options = {"fsync": "off", "full_page_writes": "off", "max_wal_size": "512MB"}
     with embedded_database(tmp_path_factory.mktemp("cluster"), options=options) as url:
+        yield url
+
+
+@pytest.fixture(scope="session")
+def pooler_url(cluster_url: str) -> Iterator[str]:
+    """The cluster through a pooler in transaction mode."""
+    with pooler(cluster_url) as url:
         yield url
 
 
@@ -257,10 +275,16 @@ def clock() -> Clock:
 
 
 @pytest.fixture
-async def world(database_url: str, clock: Clock) -> AsyncIterator[World]:
-    """A database with replicas to come; at the end every job must be in exactly one place and counted right."""
+async def world(database_url: str, clock: Clock, request: pytest.FixtureRequest) -> AsyncIterator[World]:
+    """A database with replicas to come; at the end every job must be in exactly one place and counted right.
+
+    With LEASEQ_TEST_POOLER in the environment, the replicas of all tests go through a pooler.
+    """
+    pooled_url = None
+    if os.environ.get("LEASEQ_TEST_POOLER"):
+        pooled_url = through(request.getfixturevalue("pooler_url"), database_url)
     async with AsyncExitStack() as stack:
-        yield World(database_url, clock, stack)
+        yield World(database_url, clock, stack, pooled_url=pooled_url)
     connection = await asyncpg.connect(database_url)
     try:
         assert await broken_invariants(connection) == []

@@ -102,9 +102,12 @@ def test_without_any_variable_the_defaults_of_the_contract_hold():
 
 GOOD = {
     "DATABASE_URL": ("postgresql://u@h/d", "postgresql://u@h/d"),
+    "QUEUE_POOLER": ("transaction", "transaction"),
+    "DATABASE_LISTEN_URL": ("postgresql://u@direct/d", "postgresql://u@direct/d"),
     "QUEUE_SCHEMA": ("Jobs of mine", "Jobs of mine"),
     "QUEUE_DATA_DIR": ("/var/lib/leaseq", Path("/var/lib/leaseq")),
     "QUEUE_MIGRATE": ("false", False),
+    "QUEUE_CREATE_QUEUES": ("false", False),
     "QUEUE_HOST": ("::1", "::1"),
     "QUEUE_PORT": ("0", 0),
     "QUEUE_PROCESSES": ("64", 64),
@@ -129,9 +132,12 @@ GOOD = {
 
 BAD = {
     "DATABASE_URL": ["mysql://h/d", "localhost", "postgresql://[h/d"],
+    "QUEUE_POOLER": ["", "session", "pgbouncer"],
+    "DATABASE_LISTEN_URL": ["mysql://h/d", "localhost", "postgresql://[h/d"],
     "QUEUE_SCHEMA": ["", 'a"b', "{schema}", "x" * 49],
     "QUEUE_DATA_DIR": [],
     "QUEUE_MIGRATE": ["perhaps", ""],
+    "QUEUE_CREATE_QUEUES": ["perhaps", ""],
     "QUEUE_HOST": [""],
     "QUEUE_PORT": ["-1", "65536", "http", "8080.5", ""],
     "QUEUE_PROCESSES": ["0", "65", "1.5", "auto", ""],
@@ -266,6 +272,15 @@ def test_a_database_url_that_makes_no_sense_is_refused_by_name_without_its_passw
     assert PASSWORD not in sentence
     with pytest.raises(DatabaseUrlError):
         connect_arguments(url)
+
+
+def test_what_a_pooler_does_not_pass_on_is_refused(monkeypatch: pytest.MonkeyPatch):
+    url = f"postgresql://u:{PASSWORD}@h/d?options=-cjit%3Doff"
+    monkeypatch.setenv("DATABASE_URL", url)
+    assert load_settings().database_url == url
+    assert refusal(monkeypatch, QUEUE_POOLER="transaction") == (
+        "DATABASE_URL has the parameter options, which a pooler does not pass on."
+    )
 
 
 async def test_every_form_of_database_url_reaches_the_database(world: World):

@@ -17,7 +17,7 @@ As many leases are called as there are jobs, the longest waiting first. Nothing 
   passed them.
 - After the listening connection was lost, everybody is looked up once, since hints went by.
 
-Losing every hint costs up to `poll_seconds`, never a job.
+Losing every hint costs up to `poll_seconds`, never a job. Behind a pooler and without a way past it there are none.
 """
 
 import asyncio
@@ -296,7 +296,12 @@ class Wakeups(Component):
     async def _run(self) -> None:
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._poll())
-            tasks.create_task(self._stay_connected())
+            if self._database.can_listen:
+                tasks.create_task(self._stay_connected())
+            else:
+                log.warning(
+                    "hints_off", why="DATABASE_LISTEN_URL is not set", poll_seconds=self._poll_seconds
+                )
 
     async def _poll(self) -> None:
         while True:

@@ -5,17 +5,21 @@
 - `looking` and `reading`: SQLAlchemy, for look-ups by id and readiness, and for lists and counts: a slow page never
   takes a connection from a verb, from a look-up, or from the probes.
 - `connect`: a connection of its own, for LISTEN and NOTIFY.
+- `patient`: one for migrations and for dropping days.
+
+Through a transaction pooler (`pooled`) the first two keep to what such a pooler carries: see `_through_pooler`. The
+last two have a session to themselves, which needs `direct_url`: without it there is no `connect`.
 """
 
 import asyncio
 import re
 import shlex
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import parse_qsl, quote, urlencode, urlsplit
 
 import asyncpg
@@ -38,6 +42,7 @@ COMMAND_TIMEOUT_SECONDS = 15
 DEADLOCK_TRIES = 3
 READING_CONNECTIONS = 4
 
+READ_SETTINGS = {"jit": "off", "statement_timeout": f"{READ_TIMEOUT_SECONDS}s"}
 HOT_SETTINGS = {
     "plan_cache_mode": "force_generic_plan",
     "enable_seqscan": "off",
@@ -96,22 +101,42 @@ SQL_DIRECTORY = Path(__file__).with_name("sql")
 _AWAY = ("08", "53", "57", "55P03", "40P01", "40001", "25006", "28", "3D", "55000")
 
 
+# The arrays that statements take and return. asyncpg asks the server once a connection what each of them is.
+_ARRAYS = """
+SELECT '{}'::text[], '{}'::bool[], '{}'::int2[], '{}'::int4[], '{}'::int8[], '{}'::float4[], '{}'::float8[],
+       '{}'::bytea[], '{}'::uuid[], '{}'::jsonb[], '{}'::timestamptz[], '{}'::name[]
+"""
+
 T = TypeVar("T")
+
+if TYPE_CHECKING:
+    Connection = asyncpg.Connection[asyncpg.Record]
+else:
+    Connection = asyncpg.Connection
 
 
 class DatabaseUrlError(ValueError):
-    """DATABASE_URL can not be understood; the text says why, without the URL's password."""
+    """A database's URL can not be understood; the text says why, without the URL's password."""
 
 
-def connect_arguments(url: str) -> dict[str, Any]:
+def connect_arguments(url: str, variable: str = "DATABASE_URL", *, pooled: bool = False) -> dict[str, Any]:
     """Translate libpq's two forms, a URI or `key=value` words, into arguments for asyncpg.connect.
 
-    Raises DatabaseUrlError. Its text repeats nothing of the URL: a slip may have put the password anywhere.
+    Raises DatabaseUrlError. Its text names the variable and repeats nothing of the URL: a slip may have put the
+    password anywhere.
     """
+    try:
+        return _connect_arguments(url, pooled=pooled)
+    except DatabaseUrlError as error:
+        message = f"{variable} {error}"
+        raise DatabaseUrlError(message) from None
+
+
+def _connect_arguments(url: str, *, pooled: bool) -> dict[str, Any]:
     scheme, is_uri, rest = url.strip().partition("://")
     if is_uri:
         if scheme.partition("+")[0] not in {"postgres", "postgresql"}:
-            message = "DATABASE_URL must begin with postgresql://"
+            message = "must begin with postgresql://"
             raise DatabaseUrlError(message)
         place, _, query = rest.partition("?")
         _check_place(place)
@@ -121,9 +146,12 @@ def connect_arguments(url: str) -> dict[str, Any]:
         try:
             parameters = dict(word.split("=", 1) for word in shlex.split(url))
         except ValueError:
-            message = "DATABASE_URL is neither a postgresql:// URL nor words of the form key=value"
+            message = "is neither a postgresql:// URL nor words of the form key=value"
             raise DatabaseUrlError(message) from None
     _check_parameters(parameters)
+    if pooled and "options" in parameters:
+        message = "has the parameter options, which a pooler does not pass on"
+        raise DatabaseUrlError(message)
     known = {name: value for name, value in parameters.items() if name not in _OURS}
     return {"dsn": f"postgresql://{place}?{urlencode(known, quote_via=quote)}"}
 
@@ -135,21 +163,19 @@ def _check_place(place: str) -> None:
         parts = None
     hosts = [] if parts is None else parts.netloc.rpartition("@")[2].split(",")
     if parts is None or "@" in parts.path or parts.fragment or not all(map(_HOST.fullmatch, hosts)):
-        message = (
-            "DATABASE_URL is not a URL: write characters such as / @ : # in a password as %2F %40 %3A %23"
-        )
+        message = "is not a URL: write characters such as / @ : # in a password as %2F %40 %3A %23"
         raise DatabaseUrlError(message)
 
 
 def _check_parameters(parameters: dict[str, str]) -> None:
     if not parameters.keys() <= _PARAMETERS | _OURS:
-        message = f"DATABASE_URL has an unknown parameter; known are {', '.join(sorted(_PARAMETERS | _OURS))}"
+        message = f"has an unknown parameter; known are {', '.join(sorted(_PARAMETERS | _OURS))}"
         raise DatabaseUrlError(message)
     if parameters.get("sslmode", "prefer") not in _SSL_MODES:
-        message = f"DATABASE_URL has an unknown sslmode; known are {', '.join(sorted(_SSL_MODES))}"
+        message = f"has an unknown sslmode; known are {', '.join(sorted(_SSL_MODES))}"
         raise DatabaseUrlError(message)
     if not re.fullmatch(r"[\d,]*", parameters.get("port", "")):
-        message = "DATABASE_URL has a port that is no number"
+        message = "has a port that is no number"
         raise DatabaseUrlError(message)
 
 
@@ -228,16 +254,68 @@ async def _nothing_to_reset(_connection: object) -> None:
     """Spare the pool's own reset, a round trip at each release: the verbs change nothing of their session."""
 
 
-class Database:
-    """The connections of one process to one database and schema."""
+def _through_pooler(settings: Mapping[str, str]) -> type[Connection]:
+    """Return the kind of connection that a transaction pooler carries, with these settings in each transaction.
 
-    def __init__(self, url: str, *, schema: str, pool_size: int = 8) -> None:
+    Between two transactions the pooler may change the server's session behind it, and lends that session to others. So
+    what is else a setting of the session comes with each BEGIN, in the same round trip, and goes with its COMMIT; and a
+    statement by itself gets a transaction of its own, for the sake of these settings. No statement has a name, which
+    another session would not know: asyncpg sends those without one anew each time, parsed and run in one go.
+    """
+    local = "".join(f" SET LOCAL {name} = '{value}';" for name, value in settings.items())
+
+    class ThroughPooler(Connection):
+        async def execute(self, query: str, *args: object, **options: Any) -> Any:
+            # asyncpg's own transactions begin here, and so do SQLAlchemy's.
+            begins = query.startswith("BEGIN") and not args
+            return await super().execute(query + local if begins else query, *args, **options)
+
+        async def fetch(self, query: str, *args: object, **options: Any) -> Any:
+            if self.is_in_transaction():
+                return await super().fetch(query, *args, **options)
+            async with self.transaction():
+                return await super().fetch(query, *args, **options)
+
+    return ThroughPooler
+
+
+async def _learn_arrays(connection: Any) -> None:
+    """Ask what asyncpg would else ask amid the work. It changes a setting of the session for it: this takes it back."""
+    asking = connection.transaction()
+    await asking.start()
+    try:
+        await connection.fetch(_ARRAYS)
+    finally:
+        await asking.rollback()
+
+
+class Database:
+    """The connections of one process to one database and schema.
+
+    `pooled`: the URL leads through a transaction pooler. `direct_url` leads past it, to the same database.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        schema: str,
+        pool_size: int = 8,
+        direct_url: str | None = None,
+        pooled: bool = False,
+    ) -> None:
         self.schema = schema
-        self._arguments = connect_arguments(url)
+        self._arguments = connect_arguments(url, pooled=pooled)
+        self._direct = self._arguments
+        if direct_url is not None:
+            self._direct = connect_arguments(direct_url, "DATABASE_LISTEN_URL")
+        self._pooled = pooled
+        self.can_listen = not pooled or direct_url is not None
+        """Whether there can be a connection with a session of its own, as LISTEN needs it."""
         self._pool_size = pool_size
         self._hot: asyncpg.Pool[asyncpg.Record] | None = None
-        self.reading = self._engine()
-        self.looking = self._engine()
+        self.reading = self._reading()
+        self.looking = self._reading()
 
     @property
     def hot(self) -> "asyncpg.Pool[asyncpg.Record]":
@@ -251,12 +329,10 @@ class Database:
         """Open the hot pool. Raises UnavailableError when the database can not be reached."""
         with unavailable_when_away():
             self._hot = await asyncpg.create_pool(
-                **self._arguments,
+                **self._shared(HOT_SETTINGS),
                 min_size=1,
                 max_size=self._pool_size,
-                timeout=CONNECT_TIMEOUT_SECONDS,
-                command_timeout=COMMAND_TIMEOUT_SECONDS,
-                server_settings=HOT_SETTINGS | {"application_name": "leaseq"},
+                init=_learn_arrays if self._pooled else None,
                 reset=_nothing_to_reset,
             )
 
@@ -273,10 +349,10 @@ class Database:
 
     async def connect(
         self, *, command_timeout: float | None = COMMAND_TIMEOUT_SECONDS, **settings: str
-    ) -> "asyncpg.Connection[asyncpg.Record]":
-        """Open a connection outside the pools; the caller closes it. Raises what asyncpg.connect raises."""
+    ) -> Connection:
+        """Open a connection outside the pools, past any pooler; the caller closes it. Raises what asyncpg.connect raises."""
         return await asyncpg.connect(
-            **self._arguments,
+            **self._direct,
             timeout=CONNECT_TIMEOUT_SECONDS,
             command_timeout=command_timeout,
             server_settings={"application_name": "leaseq", **settings},
@@ -284,10 +360,12 @@ class Database:
 
     @asynccontextmanager
     async def patient(self) -> AsyncIterator[AsyncConnection]:
-        """Yield a connection without time limits, for migrations and for dropping days."""
+        """Yield a connection without time limits, for migrations and for dropping days: past the pooler if that can be."""
 
-        async def connect() -> "asyncpg.Connection[asyncpg.Record]":
-            return await self.connect(command_timeout=None)
+        async def connect() -> Connection:
+            if self.can_listen:
+                return await self.connect(command_timeout=None)
+            return await self._connect({}, command_timeout=None)
 
         engine = create_async_engine("postgresql+asyncpg://", async_creator=connect, poolclass=NullPool)
         try:
@@ -296,9 +374,12 @@ class Database:
         finally:
             await engine.dispose()
 
-    def _engine(self) -> AsyncEngine:
-        async def connect() -> "asyncpg.Connection[asyncpg.Record]":
-            return await self.connect(statement_timeout=f"{READ_TIMEOUT_SECONDS}s", jit="off")
+    def _reading(self) -> AsyncEngine:
+        # A pooler lets a statement wait for a session, and the server's own limit does not count that.
+        limit = READ_TIMEOUT_SECONDS if self._pooled else COMMAND_TIMEOUT_SECONDS
+
+        async def connect() -> Connection:
+            return await self._connect(READ_SETTINGS, command_timeout=limit)
 
         return create_async_engine(
             "postgresql+asyncpg://",
@@ -309,6 +390,30 @@ class Database:
             pool_pre_ping=True,
             execution_options={"schema_translate_map": {None: self.schema}},
         )
+
+    async def _connect(self, settings: Mapping[str, str], *, command_timeout: float | None) -> Connection:
+        connection: Connection = await asyncpg.connect(**self._shared(settings, command_timeout))
+        if self._pooled:
+            try:
+                await _learn_arrays(connection)
+            except BaseException:  # the pooler is there, but the database may not be
+                connection.terminate()
+                raise
+        return connection
+
+    def _shared(
+        self, settings: Mapping[str, str], command_timeout: float | None = COMMAND_TIMEOUT_SECONDS
+    ) -> dict[str, Any]:
+        """Return the arguments for a connection that a pooler may stand in front of, with these settings."""
+        arguments = {
+            **self._arguments,
+            "timeout": CONNECT_TIMEOUT_SECONDS,
+            "command_timeout": command_timeout,
+            "server_settings": {"application_name": "leaseq"},
+        }
+        if self._pooled:
+            return {**arguments, "connection_class": _through_pooler(settings), "statement_cache_size": 0}
+        return {**arguments, "server_settings": {"application_name": "leaseq", **settings}}
 
     async def fetch(self, name: str, *values: object, **parts: str) -> Sequence[asyncpg.Record]:
         """Run the statement `sql/<name>.sql` by itself: it is committed when this returns.
