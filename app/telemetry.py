@@ -43,6 +43,7 @@ from app.queue.events import (
     Observer,
     QueueChanged,
     QueueEvent,
+    QueuePurged,
 )
 from app.queue.lifecycle import State
 from app.queue.model import Outcome
@@ -240,6 +241,14 @@ class Metrics:
         if maintenance_seconds_ago is not None:
             self._stored.maintained_at = time.monotonic() - maintenance_seconds_ago
 
+    def show_queues(self, paused: Mapping[str, bool]) -> None:
+        """Set the gauge of the queues that somebody has made: whether each is paused."""
+        shown: dict[str, bool] = {}
+        for queue, is_paused in paused.items():
+            name = self._queue(queue)
+            shown[name] = is_paused or shown.get(name, False)
+        self._stored.paused = shown
+
     def _ended(self, event: AttemptEnded) -> None:
         queue = self._queue(event.queue)
         if event.outcome is Outcome.RELEASED:
@@ -296,6 +305,7 @@ class _Stored:
     def __init__(self, registry: CollectorRegistry) -> None:
         self.jobs: dict[tuple[str, State], int] = {}
         self.oldest: dict[str, float] = {}
+        self.paused: dict[str, bool] = {}
         self.maintained_at: float | None = None
         self.up = False
         registry.register(self)
@@ -310,10 +320,16 @@ class _Stored:
         )
         for queue, seconds in self.oldest.items():
             oldest.add_metric([queue], seconds)
+        paused = GaugeMetricFamily(
+            "leaseq_queue_paused", "1 while leases pass the queue over", labels=["queue"]
+        )
+        for queue, is_paused in self.paused.items():
+            paused.add_metric([queue], float(is_paused))
         # Goes on growing while the database is away.
         lag = 0.0 if self.maintained_at is None else time.monotonic() - self.maintained_at
         yield jobs
         yield oldest
+        yield paused
         yield GaugeMetricFamily(
             "leaseq_maintenance_lag_seconds", "Since any process last looked for expired leases", lag
         )
@@ -383,6 +399,8 @@ class EventLog:
                 )
             case JobEvent() if type(event) in _PLAIN_LINES:
                 self._line(*_PLAIN_LINES[type(event)], event)
+            case QueuePurged():
+                self._log.warning("queue_purged", queue=event.queue, removed=event.removed)
             case QueueChanged():
                 self._log.info("queue_changed", queue=event.queue, change=event.change)
             case MaintenanceRan(changed=changed) if changed:

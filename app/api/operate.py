@@ -214,6 +214,7 @@ def router(service: Service, metrics: Metrics) -> APIRouter:  # noqa: C901  # a 
 async def _read_gauges(service: Service, metrics: Metrics) -> None:
     if metrics.gauges_due():
         await _read_database_gauges(service, metrics)
+    metrics.show_queues(service.policies.pauses)
     show_process(service, metrics)
 
 

@@ -31,6 +31,7 @@ CODES: Mapping[str, tuple[int, str]] = {
     "not_found": (404, "Not found"),
     "method_not_allowed": (405, "Method not allowed"),
     "lease_lost": (409, "The lease does not stand any more"),
+    "queue_not_empty": (409, "Jobs of the queue are kept"),
     "wrong_state": (409, "The job's state does not allow this"),
     "body_too_large": (413, "The body is too large"),
     "payload_too_large": (413, "The payload is too large"),

@@ -155,6 +155,13 @@ class QueuesReply(Struct):
     next_cursor: Annotated[str, Meta(description="where the next page begins; null at the end")] | None
 
 
+class PurgeReply(Struct):
+    """What a purge did."""
+
+    matched: int
+    changed: int
+
+
 class QueuesQuery(BaseModel):
     """Which queues to list."""
 
@@ -227,6 +234,56 @@ def router(service: Service) -> APIRouter:
     )
     async def show_queue(name: QueueName) -> Response:
         return json_response(QueueReply.of(await service.queues.queue(known(name))))
+
+    @routes.delete(
+        "/queues/{name}",
+        tags=["Operate"],
+        summary="Delete a queue that has no jobs",
+        description="Its policy goes. Where queues appear on first use, its next job makes it anew, with no policy.",
+        status_code=204,
+        openapi_extra=answers(None, "It is gone.", "not_found", "queue_not_empty"),
+    )
+    async def delete_queue(name: QueueName) -> Response:
+        await service.queues.delete(known(name))
+        return Response(status_code=204)
+
+    @routes.post(
+        "/queues/{name}/pause",
+        tags=["Operate"],
+        summary="Pause a queue",
+        description=(
+            "Leases pass it over; jobs still come in, and what is leased goes on. Makes the queue where there is none."
+        ),
+        openapi_extra=answers(QueueReply, "The queue as it stands now.", "invalid"),
+    )
+    async def pause_queue(name: QueueName) -> Response:
+        check_name("name", name)
+        return json_response(QueueReply.of(await service.queues.pause(name)))
+
+    @routes.post(
+        "/queues/{name}/resume",
+        tags=["Operate"],
+        summary="Resume a queue",
+        description="Leases that wait get its jobs at once, in all processes. Makes the queue where there is none.",
+        openapi_extra=answers(QueueReply, "The queue as it stands now.", "invalid"),
+    )
+    async def resume_queue(name: QueueName) -> Response:
+        check_name("name", name)
+        return json_response(QueueReply.of(await service.queues.resume(name)))
+
+    @routes.post(
+        "/queues/{name}/purge",
+        tags=["Operate"],
+        summary="Remove all that waits or is delayed in a queue",
+        description=(
+            "Jobs that are `ready`, `held`, `scheduled` or in `retry` go, with their attempts and unique keys; active"
+            " ones and those that have ended stay. In steps: what is removed when the call ends early stays removed."
+        ),
+        openapi_extra=answers(PurgeReply, "How many jobs were there, and are removed.", "not_found"),
+    )
+    async def purge_queue(name: QueueName) -> Response:
+        removed = await service.queues.purge(known(name))
+        return json_response(PurgeReply(removed, removed))
 
     return routes
 

@@ -3,16 +3,18 @@
 What a claim takes is handed out in the order in which its requests came, each up to its `max_jobs`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
 
 from uuid_utils.compat import uuid4
 
 from app.engine.batching import Batcher
 from app.engine.cursors import Cursors
-from app.store.jobs import Claim, Jobs, Line, Slot
+from app.store.jobs import BEGINNING, Claim, Jobs, Line, Slot
 
 JOBS_PER_CLAIM = 1000
+NOTHING = Claim([], contended=False, claimed_at=BEGINNING)
+"""What there is in queues that are all paused."""
 
 
 class LeaseRequest(NamedTuple):
@@ -32,10 +34,20 @@ class LeaseRequest(NamedTuple):
 
 
 class Claims:
-    """Takes jobs for requests. `orphaned` gets what was taken for a request that has been cancelled meanwhile."""
+    """Takes jobs for requests, of queues that are not `paused` at that moment.
 
-    def __init__(self, jobs: Jobs, cursors: Cursors, orphaned: Callable[[Claim], None]) -> None:
+    `orphaned` gets what was taken for a request that has been cancelled meanwhile.
+    """
+
+    def __init__(
+        self,
+        jobs: Jobs,
+        cursors: Cursors,
+        paused: Callable[[], Collection[str]],
+        orphaned: Callable[[Claim], None],
+    ) -> None:
         self._jobs = jobs
+        self._paused = paused
         self._cursors = cursors
         self._orphaned = orphaned
         self._batchers: dict[object, Batcher[LeaseRequest, Claim]] = {}
@@ -63,12 +75,16 @@ class Claims:
             await batcher.drained()
 
     async def _take(self, requests: Sequence[LeaseRequest]) -> list[Claim]:
+        paused = self._paused()
+        lines = [line for line in requests[0].lines if line.queue not in paused]
+        if not lines:
+            return [NOTHING for _ in requests]
         room = [
             [Slot(uuid4(), request.lease_seconds, request.worker) for _ in range(request.max_jobs)]
             for request in requests
         ]
         slots = [slot for each in room for slot in each]
-        with self._cursors.claiming(requests[0].lines) as look:
+        with self._cursors.claiming(lines) as look:
             claim = await self._jobs.lease(look.stretches, slots)
             look.found(claim)
         by_lease = {job.lease_id: job for job in claim.jobs}

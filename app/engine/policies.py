@@ -1,6 +1,5 @@
 """What this process knows of the queues' policies: a copy of all of them (see `copies.py`), asked by every request."""
 
-from collections.abc import Callable, Collection
 from uuid import UUID
 
 from app.queue.errors import InvalidRequestError
@@ -13,7 +12,7 @@ class Policies:
     """The copy, and what follows from it.
 
     `environment` is what a job gets where no policy says otherwise. With `strict`, only queues that have a policy (an
-    empty one will do) take jobs. `resumed` hears of queues that are not paused any more.
+    empty one will do) take jobs.
     """
 
     def __init__(
@@ -22,25 +21,27 @@ class Policies:
         environment: JobDefaults,
         *,
         strict: bool,
-        resumed: Callable[[Collection[str]], None] = lambda _: None,
     ) -> None:
         self._stored = stored
         self._environment = environment
         self._strict = strict
-        self._resumed = resumed
         self._queues: dict[str, Queue] = {}
         self._defaults: dict[tuple[str, str | None], JobDefaults] = {}
         self.paused: frozenset[str] = frozenset()
         """The queues that leases pass over."""
 
-    async def load(self) -> None:
-        """Read all policies anew. Raises UnavailableError."""
+    async def load(self) -> frozenset[str]:
+        """Read all policies anew; return the queues that are not paused any more. Raises UnavailableError."""
         queues = {queue.name: queue for queue in await self._stored.all()}
         before = self.paused
         self._queues, self._defaults = queues, {}
         self.paused = frozenset(queue.name for queue in queues.values() if queue.paused)
-        if resumed := before - self.paused:
-            self._resumed(resumed)
+        return before - self.paused
+
+    @property
+    def pauses(self) -> dict[str, bool]:
+        """Whether each queue is paused, of those that have a policy."""
+        return {name: queue.paused for name, queue in self._queues.items()}
 
     def resolve(self, request: JobRequest, job_id: UUID) -> NewJob:
         """Return the job as it is to be stored: by its own words, else its type's, its queue's, the environment's.

@@ -3,16 +3,25 @@
 A change is in force here before its answer goes, and in all other processes within a second.
 """
 
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any
+from uuid import UUID
 
 from app.engine.copies import Copies
 from app.queue.errors import QueueNotFoundError
-from app.queue.events import Observer, QueueChange, QueueChanged
+from app.queue.events import Observer, QueueChange, QueueChanged, QueuePurged
 from app.queue.lifecycle import State, summed_up
-from app.queue.model import Queue, QueuePolicy
+from app.queue.model import PRIORITY_MAX, PRIORITY_MIN, Queue, QueuePolicy
 from app.queue.policy import check_policy
-from app.store.queues import TOPIC, QueueSeen, StoredQueues
+from app.store.jobs import BEGINNING
+from app.store.queues import BY_ID, TOPIC, PurgeStep, QueueSeen, StoredQueues
+
+PURGE_BATCH = 500
+PURGE_PASSES_MAX = 3
+UNDER_WAY = timedelta(seconds=1)
+"""Jobs that are stored together stand microseconds after each other in line, the last of them after now."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,11 +39,19 @@ Oldest = Callable[[Mapping[str, Mapping[State, int]]], Awaitable[dict[str, float
 class Queues:
     """The use cases. Methods raise UnavailableError; after a change it may stand all the same.
 
-    `oldest` tells for each queue of which these counts know ready jobs how long the oldest has waited.
+    `now` is the database's clock. `oldest` tells for each queue of which these counts know ready jobs how long the oldest has waited.
     """
 
-    def __init__(self, stored: StoredQueues, copies: Copies, observer: Observer, oldest: Oldest) -> None:
+    def __init__(
+        self,
+        stored: StoredQueues,
+        copies: Copies,
+        observer: Observer,
+        now: Callable[[], Awaitable[datetime]],
+        oldest: Oldest,
+    ) -> None:
         self._stored = stored
+        self._now = now
         self._copies = copies
         self._observer = observer
         self._oldest = oldest
@@ -61,6 +78,63 @@ class Queues:
         put = await self._stored.put(name, policy, paused)
         await self._changed(name, QueueChange.CREATED if put.created else QueueChange.POLICY)
         return await self._after(put.queue), put.created
+
+    async def pause(self, name: str) -> QueueShown:
+        """Let leases pass a queue over; jobs still come in, and what is leased goes on."""
+        return await self._pause(name, paused=True)
+
+    async def resume(self, name: str) -> QueueShown:
+        """Let leases take from a queue again, and call those that wait for it."""
+        return await self._pause(name, paused=False)
+
+    async def delete(self, name: str) -> None:
+        """Forget a queue. Raises QueueNotFoundError, and QueueNotEmptyError when jobs of it are kept."""
+        if not await self._stored.delete(name):
+            raise QueueNotFoundError
+        await self._changed(name, QueueChange.DELETED)
+
+    async def purge(self, name: str) -> int:
+        """Remove all that waits or is delayed; return how many jobs. Raises QueueNotFoundError.
+
+        What others move meanwhile is followed: from delayed to waiting, and in a second and a third pass.
+        """
+        await self.queue(name)
+        removed = 0
+        try:
+            for _ in range(PURGE_PASSES_MAX):
+                missed = 0
+                async for step in self._purge_steps(name):
+                    removed += step.changed
+                    missed += step.missed
+                if not missed:
+                    break
+        finally:
+            if removed:
+                self._observer.on(QueuePurged(queue=name, removed=removed))
+        return removed
+
+    async def _purge_steps(self, name: str) -> AsyncIterator[PurgeStep[Any]]:
+        for place in BY_ID:
+            # What comes from now on is not looked at: a busy producer must not keep this going.
+            last, after = await self._stored.last_id(place), UUID(int=0)
+            while last is not None:
+                by_id = await self._stored.purge_by_id(name, place, after, last, PURGE_BATCH)
+                yield by_id
+                if by_id.next is None:
+                    break
+                after = by_id.next
+        until = await self._now() + UNDER_WAY
+        for priority in range(PRIORITY_MAX, PRIORITY_MIN - 1, -1):
+            since: datetime | None = BEGINNING
+            while since is not None:
+                of_line = await self._stored.purge_ready(name, priority, since, until, PURGE_BATCH)
+                yield of_line
+                since = of_line.next
+
+    async def _pause(self, name: str, *, paused: bool) -> QueueShown:
+        queue = await self._stored.pause(name, paused=paused)
+        await self._changed(name, QueueChange.PAUSED if paused else QueueChange.RESUMED)
+        return await self._after(queue)
 
     async def _after(self, queue: Queue) -> QueueShown:
         seen = await self._stored.one(queue.name) or QueueSeen(queue, {})

@@ -134,8 +134,13 @@ class Service:
         self._owner = TaskOwner()
         self._enqueues = Batcher(self._store, weight=_weight, told=self._stored)
         self._cursors = Cursors()
+        stored = StoredQueues(database)
+        self.policies = Policies(stored, defaults, strict=not create_queues)
         self._claims = Claims(
-            jobs, self._cursors, lambda claim: self._owner.spawn(self._give_back(claim.jobs))
+            jobs,
+            self._cursors,
+            lambda: self.policies.paused,
+            lambda claim: self._owner.spawn(self._give_back(claim.jobs)),
         )
         self._acks = Batcher(self._grouped(jobs.ack), weight=_weight, key=_job_id, told=self._note)
         self._endings = Batcher(self._grouped(jobs.conclude), key=_job_id, told=self._note)
@@ -144,18 +149,17 @@ class Service:
         )
         self._alone = asyncio.Semaphore(ALONE_MAX)
         self.watching = watching
-        stored = StoredQueues(database)
         self.wakeups = Wakeups(
             database,
             jobs,
             self._cursors,
             poll_seconds,
+            lambda: self.policies.paused,
             lambda topics: self.copies.hint(topics),  # noqa: PLW0108  # each of the two needs the other
         )
         self.copies = Copies(stored.change_numbers, self.wakeups.tell_change)
-        self.policies = Policies(stored, defaults, strict=not create_queues)
-        self.copies.keep(QUEUES, self.policies.load)
-        self.queues = Queues(stored, self.copies, observer, self.oldest_ready_seconds)
+        self.copies.keep(QUEUES, self._load_policies)
+        self.queues = Queues(stored, self.copies, observer, jobs.now, self.oldest_ready_seconds)
         self.operating = Operating(jobs, self._reads, observer, self.wakeups)
         self.maintenance = Maintenance(jobs, self.wakeups, observer, keeping, maintenance_seconds)
 
@@ -408,6 +412,11 @@ class Service:
         if isinstance(answer, QueueError):
             raise answer
         return answer
+
+    async def _load_policies(self) -> None:
+        if await self.policies.load():
+            # Who waits at a queue that goes on has heard nothing of what became ready there meanwhile.
+            self.wakeups.look_soon()
 
     async def _resolved(self, request: JobRequest) -> NewJob:
         job = self.policies.resolve(request, uuid7())

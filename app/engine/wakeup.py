@@ -120,9 +120,14 @@ class Waiter:
 
 
 class Room:
-    """The waiting leases of this process, in the order of their arrival."""
+    """The waiting leases of this process, in the order of their arrival.
 
-    def __init__(self) -> None:
+    They may wait at the lines of `paused` queues, and go on waiting when these are resumed; until then nobody is called
+    for them.
+    """
+
+    def __init__(self, paused: Callable[[], Collection[str]] = frozenset) -> None:
+        self._paused = paused
         # Who has been called stands in no line until he listens again: a call never walks over those before it.
         self._lines: dict[Line, OrderedDict[Waiter, None]] = {}
         self._waiters: set[Waiter] = set()
@@ -153,7 +158,7 @@ class Room:
 
     def call(self, line: Line, count: int) -> int:
         """Call up to `count` leases that would take a job of this queue and type; return how many were."""
-        if not self._lines:
+        if not self._lines or line.queue in self._paused():
             return 0
         waiting = [self._lines[each] for each in {line, Line(line.queue)} if each in self._lines]
         longest = heapq.merge(*waiting, key=lambda waiter: waiter.arrival)
@@ -177,8 +182,9 @@ class Room:
             waiter.send_away()
 
     def waiting(self) -> dict[Line, int]:
-        """Return how many wait at each line."""
-        return {line: len(waiters) for line, waiters in self._lines.items()}
+        """Return how many wait at each line at which they may be called."""
+        paused = self._paused()
+        return {line: len(waiters) for line, waiters in self._lines.items() if line.queue not in paused}
 
 
 class Wakeups(Component):
@@ -190,7 +196,8 @@ class Wakeups(Component):
         jobs: Jobs,
         cursors: Cursors,
         poll_seconds: float,
-        changed: Callable[[Collection[str]], None] = lambda _: None,
+        paused: Callable[[], Collection[str]],
+        changed: Callable[[Collection[str]], None],
     ) -> None:
         """`changed` hears of topics that another process has changed (see `copies.py`)."""
         super().__init__()
@@ -199,7 +206,7 @@ class Wakeups(Component):
         self._jobs = jobs
         self._cursors = cursors
         self._poll_seconds = poll_seconds
-        self._room = Room()
+        self._room = Room(paused)
         self._hints: dict[Line, int] = {}
         self._old_places: list[Place] = []
         self._first_places: dict[tuple[Line, int], Place] = {}

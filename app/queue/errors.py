@@ -1,5 +1,6 @@
 """What can go wrong, in the queue's own words. `code` is stable: clients match on it, never on the text."""
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 from app.queue.lifecycle import State
@@ -27,6 +28,16 @@ class QueueNotFoundError(QueueError):
 
     def __init__(self) -> None:
         super().__init__("There is no such queue: none of this name has a policy, or a job that is kept.")
+
+
+class QueueNotEmptyError(QueueError):
+    """Jobs of the queue are kept, so it can not be deleted."""
+
+    code = "queue_not_empty"
+
+    def __init__(self, kept: Mapping[str, int]) -> None:
+        jobs = ", ".join(f"{count} {name}" for name, count in kept.items() if count)
+        super().__init__(f"Jobs of this queue are kept ({jobs}): purge, finish and delete them first.")
 
 
 class LeaseLostError(QueueError):

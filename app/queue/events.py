@@ -111,6 +111,14 @@ class QueueChanged:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class QueuePurged:
+    """Someone removed all that waited or was delayed in a queue, so many jobs."""
+
+    queue: str
+    removed: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class MaintenanceRan:
     """One maintenance task ran: how many rows it changed, and how long it took."""
 
@@ -127,7 +135,7 @@ class MaintenanceFailed:
     error: str
 
 
-QueueEvent = JobEvent | QueueChanged | MaintenanceRan | MaintenanceFailed
+QueueEvent = JobEvent | QueueChanged | QueuePurged | MaintenanceRan | MaintenanceFailed
 
 
 class Happening(NamedTuple):

@@ -3,24 +3,38 @@
 All methods answer after COMMIT, and raise UnavailableError when the database is away.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
-from typing import Any
+from typing import Any, Generic, NamedTuple, TypeVar
+from uuid import UUID
 
 import msgspec
 import structlog
 from sqlalchemy import BigInteger, ColumnElement, Text, cast, func, or_, select, union_all
 
-from app.queue.lifecycle import State
+from app.queue.errors import QueueNotEmptyError
+from app.queue.lifecycle import State, summed_up
 from app.queue.model import Queue, QueuePolicy
 from app.store.database import Database, Transaction, rows_of
-from app.store.schema import changes, counts, deltas, queues
+from app.store.schema import changes, counts, deltas, held, queues, ready, scheduled
 
 TOPIC = "queues"
 """Under this name `changes` counts the changes of policies."""
 
 _MAPPINGS = frozenset({"backoff", "types"})
+BY_ID = (scheduled.name, held.name)
+"""The places of waiting jobs that have no index by queue."""
+
+Position = TypeVar("Position")
+
+# The state of a job by its place.
+_STATES = {
+    ready.name: "'ready'",
+    held.name: "'held'",
+    scheduled.name: "CASE WHEN is_retry THEN 'retry' ELSE 'scheduled' END",
+}
+
 _DECODER = msgspec.json.Decoder(QueuePolicy)
 
 log = structlog.get_logger(__name__)
@@ -40,6 +54,16 @@ class QueueSeen:
 
     queue: Queue
     counts: Mapping[State, int]
+
+
+class PurgeStep(NamedTuple, Generic[Position]):
+    """What a step of a purge did."""
+
+    changed: int
+    missed: int
+    """Jobs that it saw, but that others have moved before it could have them."""
+    next: Position | None
+    """Where the next step begins; None at the end."""
 
 
 class StoredQueues:
@@ -69,6 +93,59 @@ class StoredQueues:
             return Put(Queue(name, policy, row["paused"]), row["created"])
 
         return await self._database.transact(work)
+
+    async def pause(self, name: str, *, paused: bool) -> Queue:
+        """Pause a queue or let it go on; make it where there is none."""
+
+        async def work(transaction: Transaction) -> Queue:
+            [row] = await transaction.fetch("pause_queue", self._clock(), name, paused)
+            await transaction.fetch("changed", TOPIC)
+            return _queue(name, row["policy"], paused)
+
+        return await self._database.transact(work)
+
+    async def delete(self, name: str) -> bool:
+        """Forget a queue's policy; return whether it had one. Raises QueueNotEmptyError when jobs of it are kept."""
+
+        async def work(transaction: Transaction) -> bool:
+            found = await transaction.fetch("lock_queue", name)
+            [row] = await transaction.fetch("count_queue", name)
+            kept = {State(state): count for state, count in row.items() if count}
+            if kept:
+                raise QueueNotEmptyError(summed_up(kept))
+            if found:
+                await transaction.fetch("delete_queue", name)
+                await transaction.fetch("changed", TOPIC)
+            return bool(found)
+
+        return await self._database.transact(work)
+
+    async def purge_ready(
+        self, name: str, priority: int, since: datetime, until: datetime, limit: int
+    ) -> PurgeStep[datetime]:
+        """Remove up to `limit` jobs that became ready in this time, the first ones."""
+
+        async def work(transaction: Transaction) -> PurgeStep[datetime]:
+            rows = await transaction.fetch("lock_ready", name, priority, since, until, limit)
+            return await _purge(transaction, name, ready.name, rows, full=rows[0]["seen"] == limit)
+
+        return await self._database.transact(work)
+
+    async def purge_by_id(
+        self, name: str, place: str, after: UUID, until: UUID, limit: int
+    ) -> PurgeStep[UUID]:
+        """Look at the next `limit` jobs that are scheduled or held, by their ids, and remove those of the queue."""
+
+        async def work(transaction: Transaction) -> PurgeStep[UUID]:
+            rows = await transaction.fetch("lock_by_id", name, after, until, limit, place=place)
+            return await _purge(transaction, name, place, rows, full=rows[0]["seen"] == limit)
+
+        return await self._database.transact(work)
+
+    async def last_id(self, place: str) -> UUID | None:
+        """Return the greatest id of those that are scheduled or held now."""
+        rows = await self._database.fetch("last_id", place=place)
+        return rows[0]["id"] if rows else None
 
     async def page(self, limit: int, after: str) -> tuple[list[QueueSeen], str | None]:
         """Return up to `limit` queues by their names, and the name after which the next page begins."""
@@ -120,6 +197,15 @@ class StoredQueues:
             )
             for row in rows
         ]
+
+
+async def _purge(
+    transaction: Transaction, name: str, place: str, rows: Sequence[Any], *, full: bool
+) -> PurgeStep[Any]:
+    ids = [row["id"] for row in rows if row["id"] is not None]
+    if ids:
+        await transaction.fetch("purge", name, ids, place=place, state=_STATES[place])
+    return PurgeStep(len(ids), rows[0]["wanted"] - len(ids), rows[0]["next"] if full else None)
 
 
 def policy_text(policy: QueuePolicy) -> str:

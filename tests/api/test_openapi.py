@@ -258,10 +258,16 @@ async def run_queues(call: Checked) -> None:
     """Do all that can be done with a whole queue."""
     for body in ({"types": {"t": {"priority": "fast"}}}, {"backoff": {"factor": 3}}):
         await call("PUT", "/queues/{name}", name="emails", json=body)
+    for verb in ("pause", "resume"):
+        for name in ("emails", "-"):
+            await call("POST", f"/queues/{{name}}/{verb}", name=name)
     for name in ("emails", "nowhere"):
         await call("GET", "/queues/{name}", name=name)
+        await call("POST", "/queues/{name}/purge", name=name)
     for query in ("", "?limit=1", "?limit=0"):
         await call("GET", "/queues", query)
+    for name in ("emails", "emails", "q"):
+        await call("DELETE", "/queues/{name}", name=name)
 
 
 async def look(call: Checked, job_ids: list[str]) -> None:
