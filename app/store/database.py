@@ -460,11 +460,13 @@ class Database:
             await self.hot.release(connection)
 
 
-async def rows_of(engine: AsyncEngine, statement: Any) -> Sequence[RowMapping]:
+async def rows_of(
+    engine: AsyncEngine, statement: Any, parameters: Mapping[str, Any] | None = None
+) -> Sequence[RowMapping]:
     """Run a statement of SQLAlchemy's by itself; return its rows. Raises UnavailableError."""
     with unavailable_when_away():
         async with engine.connect() as connection:
-            return (await connection.execute(statement)).mappings().all()
+            return (await connection.execute(statement, parameters)).mappings().all()
 
 
 class Transaction:

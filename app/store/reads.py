@@ -8,12 +8,14 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import cache
 from typing import Any
 from uuid import UUID
 
 from sqlalchemy import (
     BigInteger,
     ColumnElement,
+    CompoundSelect,
     FromClause,
     LargeBinary,
     RowMapping,
@@ -21,6 +23,7 @@ from sqlalchemy import (
     Table,
     Text,
     and_,
+    bindparam,
     case,
     cast,
     false,
@@ -104,9 +107,7 @@ class Reads:
 
     async def job(self, job_id: UUID) -> Job | None:
         """Return the job, wherever it stands."""
-        places = [place.subquery() for place in _places(frozenset(State))]
-        found = union_all(*(select(place).where(place.c.id == job_id) for place in places)).subquery()
-        rows = await self._look(select(*_shown(found)))
+        rows = await self._look(_job(), job_id=job_id)
         return job_of(rows[0]) if rows else None
 
     async def require(self, job_id: UUID) -> Job:
@@ -157,31 +158,7 @@ class Reads:
 
         Releases are not counted, so there is no end to them: the newest ATTEMPTS_MAX are returned.
         """
-        ended = select(
-            attempts.c.attempt,
-            attempts.c.worker,
-            attempts.c.started_at,
-            attempts.c.ended_at,
-            attempts.c.outcome,
-            attempts.c.error,
-        ).where(attempts.c.job_id == job_id)
-        acked = select(
-            history.c.attempt,
-            history.c.worker,
-            history.c.started_at,
-            history.c.finished_at,
-            literal(Outcome.ACKED.value),
-            null(),
-        ).where(history.c.id == job_id)
-        running = select(
-            leases.c.attempt, leases.c.worker, leases.c.leased_at, cast(null(), _INSTANT), null(), null()
-        ).where(leases.c.id == job_id)
-        newest = (
-            union_all(ended, acked, running)
-            .order_by(text("started_at DESC, attempt DESC"))
-            .limit(ATTEMPTS_MAX)
-        )
-        rows = reversed(await self._look(newest))
+        rows = reversed(await self._look(_newest_attempts(), job_id=job_id))
         return [
             Attempt(
                 attempt=row["attempt"],
@@ -264,8 +241,8 @@ class Reads:
         """Ask the database for a sign of life, in our own schema."""
         await self._look(select(maintenance.c.task).limit(1))
 
-    async def _look(self, statement: Any) -> Sequence[RowMapping]:
-        return await rows_of(self._database.looking, statement)
+    async def _look(self, statement: Any, **parameters: Any) -> Sequence[RowMapping]:
+        return await rows_of(self._database.looking, statement, parameters)
 
     async def _all(self, statement: Any) -> Sequence[RowMapping]:
         return await rows_of(self._database.reading, statement)
@@ -281,6 +258,42 @@ def _failure_group(row: RowMapping) -> FailureGroup:
         first_at=row["first_at"],
         last_at=row["last_at"],
         sample_job_id=row["id"],
+    )
+
+
+@cache
+def _job() -> Select[Any]:
+    # Made once: it takes many times as long to build as to run.
+    places = [place.subquery() for place in _places(frozenset(State))]
+    wanted = bindparam("job_id", type_=jobs.c.id.type)
+    found = union_all(*(select(place).where(place.c.id == wanted) for place in places)).subquery()
+    return select(*_shown(found))
+
+
+@cache
+def _newest_attempts() -> CompoundSelect[Any]:
+    wanted = bindparam("job_id", type_=jobs.c.id.type)
+    ended = select(
+        attempts.c.attempt,
+        attempts.c.worker,
+        attempts.c.started_at,
+        attempts.c.ended_at,
+        attempts.c.outcome,
+        attempts.c.error,
+    ).where(attempts.c.job_id == wanted)
+    acked = select(
+        history.c.attempt,
+        history.c.worker,
+        history.c.started_at,
+        history.c.finished_at,
+        literal(Outcome.ACKED.value),
+        null(),
+    ).where(history.c.id == wanted)
+    running = select(
+        leases.c.attempt, leases.c.worker, leases.c.leased_at, cast(null(), _INSTANT), null(), null()
+    ).where(leases.c.id == wanted)
+    return (
+        union_all(ended, acked, running).order_by(text("started_at DESC, attempt DESC")).limit(ATTEMPTS_MAX)
     )
 
 
