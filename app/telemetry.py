@@ -44,6 +44,7 @@ from app.queue.events import (
     QueueChanged,
     QueueEvent,
     QueuePurged,
+    WorkerDirected,
 )
 from app.queue.lifecycle import State
 from app.queue.model import Outcome
@@ -403,6 +404,8 @@ class EventLog:
                 self._log.warning("queue_purged", queue=event.queue, removed=event.removed)
             case QueueChanged():
                 self._log.info("queue_changed", queue=event.queue, change=event.change)
+            case WorkerDirected():
+                self._log.info("worker_directed", worker=event.worker, directive=event.directive)
             case MaintenanceRan(changed=changed) if changed:
                 self._log.debug("maintenance_ran", task=event.task, changed=changed)
             case MaintenanceFailed():

@@ -209,6 +209,8 @@ class World:
             build(self.settings(**overrides), clock=self.clock, observers=[events])
         ) as machine:
             if not self.on_time:
+                # Like maintenance, by hand.
+                machine.service.workers.write_seconds = NEVER_SECONDS
                 machine.service.maintenance.expect = lambda due_seconds: None  # type: ignore[method-assign]  # noqa: ARG005
             if machine.database.can_listen:
                 await machine.service.wakeups.listening.wait()

@@ -7,7 +7,7 @@ from fastapi.routing import APIRoute
 from prometheus_fastapi_instrumentator import Instrumentator
 from prometheus_fastapi_instrumentator.metrics import Info
 
-from app.api import dead_letters, openapi, operate, problems, queues, watch, work
+from app.api import dead_letters, openapi, operate, problems, queues, watch, work, workers
 from app.api.front import Front, Unexpected
 from app.api.thin import ThinRoute
 from app.engine.service import Service
@@ -40,6 +40,7 @@ def create_api(service: Service, metrics: Metrics, *, body_bytes_max: int, paylo
     app.include_router(watch.router(service))
     app.include_router(queues.router(service))
     app.include_router(dead_letters.router(service))
+    app.include_router(workers.router(service))
     problems.install(app)
     app.add_middleware(Unexpected)
     _instrument(app, metrics)

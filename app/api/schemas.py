@@ -22,6 +22,7 @@ from app.queue.model import (
     Attempt,
     BackoffRequest,
     BackoffStrategy,
+    Directive,
     Failure,
     Heartbeat,
     Jitter,
@@ -84,6 +85,15 @@ MaxRetries = Annotated[int, Meta(ge=0, le=10_000, description="retries after the
 ExpiresInSeconds = Annotated[float, Meta(gt=0, le=DELAY_SECONDS_MAX)]
 Instant = Annotated[datetime, Meta(tz=True, description="RFC 3339 with a zone")]
 Json = Annotated[Raw, Meta(description="any JSON; comes back value for value, numbers included")]
+DirectiveShown = Annotated[
+    Directive,
+    Meta(
+        description=(
+            "what the worker as a whole should do: `quiet`: take no more jobs; `terminate`: and end when those in hand"
+            " are done"
+        )
+    ),
+]
 LeaseId = Annotated[str, Meta(description="the token that the lease reply carried: new at every attempt")]
 
 
@@ -539,7 +549,7 @@ class SettledItem(Struct, omit_defaults=True):
     run_at: Annotated[datetime, Meta(description="when the job is due again")] | None = None
     lease_expires_at: datetime | None = None
     cancel_requested: bool | None = None
-    directive: Literal["continue"] | None = None
+    directive: DirectiveShown | None = None
     error: "Problem | None" = None
 
 
@@ -553,6 +563,7 @@ class LeaseReply(Struct, omit_defaults=True):
     """Jobs to work on; an empty list when there was nothing to do."""
 
     jobs: list[LeasedJobReply]
+    directive: DirectiveShown
     settled: Annotated[list[SettledItem], Meta(description="what came of `settle`, in order")] | None = None
     retry_after_seconds: (
         Annotated[
@@ -569,9 +580,7 @@ class HeartbeatReply(Struct):
     cancel_requested: Annotated[
         bool, Meta(description="stop, and fail or release the job: it becomes `cancelled`")
     ]
-    directive: Annotated[Literal["continue"], Meta(description="what the worker as a whole should do")] = (
-        "continue"
-    )
+    directive: DirectiveShown
 
 
 class SettledReply(Struct, omit_defaults=True):
@@ -693,8 +702,13 @@ def check_name(field: str, name: str) -> None:
         raise InvalidRequestError(field, "must be letters, digits and . _ : -, the first a letter or digit")
 
 
+def is_clean(text: str) -> bool:
+    """Whether a name has no control character in it."""
+    return not _CONTROL.search(text)
+
+
 def _check_clean(field: str, text: str) -> None:
-    if _CONTROL.search(text):
+    if not is_clean(text):
         raise InvalidRequestError(field, "must not contain control characters")
 
 

@@ -60,7 +60,7 @@ class Settling:
             raise InvalidRequestError(field, "must name each job once")
         answers = iter(await self._service.settle(words)) if words else iter(())
         return [
-            _result(request_id, job_id, each if isinstance(each, QueueError) else next(answers))
+            self._result(request_id, job_id, each if isinstance(each, QueueError) else next(answers))
             for job_id, each in read
         ]
 
@@ -81,6 +81,23 @@ class Settling:
                 bounded("checkpoint", heartbeat.checkpoint or b"", self._payload_bytes_max)
                 return heartbeat
 
+    def _result(self, request_id: str, job_id: str, answer: Said | QueueError) -> SettledItem:
+        if isinstance(answer, QueueError):
+            problem = problem_of(request_id, answer)
+            return SettledItem(job_id, problem.status, error=problem)
+        if isinstance(answer, Beat):
+            return SettledItem(
+                job_id,
+                200,
+                state=State.ACTIVE,
+                lease_expires_at=answer.lease_expires_at,
+                cancel_requested=answer.cancel_requested,
+                directive=self._service.workers.directive(answer.worker),
+            )
+        if isinstance(answer, Job | Done):
+            return SettledItem(job_id, 200, state=State.COMPLETED)
+        return SettledItem(job_id, 200, state=answer.state, run_at=answer.run_at)
+
 
 def _name_in(raw: msgspec.Raw) -> str:
     """Return the job that a refused item names, as far as that can be read."""
@@ -88,21 +105,3 @@ def _name_in(raw: msgspec.Raw) -> str:
         return _NAMED.decode(bytes(raw)).job_id[:NAME_SHOWN_MAX]
     except msgspec.MsgspecError:
         return ""
-
-
-def _result(request_id: str, job_id: str, answer: Said | QueueError) -> SettledItem:
-    if isinstance(answer, QueueError):
-        problem = problem_of(request_id, answer)
-        return SettledItem(job_id, problem.status, error=problem)
-    if isinstance(answer, Beat):
-        return SettledItem(
-            job_id,
-            200,
-            state=State.ACTIVE,
-            lease_expires_at=answer.lease_expires_at,
-            cancel_requested=answer.cancel_requested,
-            directive="continue",
-        )
-    if isinstance(answer, Job | Done):
-        return SettledItem(job_id, 200, state=State.COMPLETED)
-    return SettledItem(job_id, 200, state=answer.state, run_at=answer.run_at)

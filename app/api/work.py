@@ -24,6 +24,7 @@ from app.api.settling import Settling, bounded
 from app.api.thin import Call, Operation, Reply, encode, lease_id_of
 from app.engine.service import Service
 from app.queue.errors import UnavailableError
+from app.queue.model import Directive
 
 _EXAMPLE_LEASE_ID = "7f3d2c52-7a4e-4a2b-9d6e-0d8b2a2f6c11"
 _EXAMPLE_JOB_ID = "0198f2c1-9a4e-7c3d-8f21-5b6a7c8d9e0f"
@@ -54,6 +55,10 @@ class Work:
         """Answer `POST /lease`: first settle, then lease."""
         wanted = body.to_request()
         settled = None
+
+        def directive() -> Directive:
+            return self._service.workers.directive(wanted.worker)
+
         if body.settle:
             settled = await self._settling.settle(call.request_id, body.settle, "settle")
         if settled is not None and any(item.status != HTTPStatus.OK for item in settled):
@@ -69,8 +74,8 @@ class Work:
                 again = error.retry_after_seconds
             else:
                 problems.unexpected(call.request_id, "/lease", error)
-            return Reply(encode(LeaseReply([], settled, again)))
-        return Reply(encode(LeaseReply([LeasedJobReply.of(job) for job in leased], settled)))
+            return Reply(encode(LeaseReply([], directive(), settled, again)))
+        return Reply(encode(LeaseReply([LeasedJobReply.of(job) for job in leased], directive(), settled)))
 
     async def settle(self, call: Call, body: SettleBody) -> Reply:
         """Answer `POST /settle`."""
@@ -81,7 +86,15 @@ class Work:
         heartbeat = body.to_heartbeat(call.job_id, lease_id_of(body.lease_id))
         bounded("checkpoint", heartbeat.checkpoint or b"", self._payload_bytes_max)
         beat = await self._service.heartbeat(heartbeat)
-        return Reply(encode(HeartbeatReply(beat.lease_expires_at, beat.cancel_requested)))
+        return Reply(
+            encode(
+                HeartbeatReply(
+                    beat.lease_expires_at,
+                    beat.cancel_requested,
+                    self._service.workers.directive(beat.worker),
+                )
+            )
+        )
 
     async def ack(self, call: Call, body: AckBody) -> Reply:
         """Answer a job's `ack`."""

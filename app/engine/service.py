@@ -24,8 +24,9 @@ from app.engine.operating import Operating
 from app.engine.policies import Policies
 from app.engine.queues import Queues
 from app.engine.running import TaskOwner
-from app.engine.wakeup import Wakeups
+from app.engine.wakeup import Waiter, Wakeups
 from app.engine.watching import Watching
+from app.engine.workers import Workers
 from app.queue.errors import JobNotFoundError, LeaseLostError, QueueError, UnavailableError
 from app.queue.events import (
     JobCompleted,
@@ -61,6 +62,8 @@ from app.store.jobs import BEGINNING, Claim, Jobs, Line, Place
 from app.store.queues import TOPIC as QUEUES
 from app.store.queues import StoredQueues
 from app.store.reads import Reads, WorkerSeen
+from app.store.workers import TOPIC as WORKERS
+from app.store.workers import StoredWorkers
 
 LOOKS_AT_ONCE_MAX = 4
 """How often a lease looks, without a pause, while others hold what is ready: most often they have taken it by then, and
@@ -161,6 +164,8 @@ class Service:
         self.copies.keep(QUEUES, self._load_policies)
         self.queues = Queues(stored, self.copies, observer, jobs.now, self.oldest_ready_seconds)
         self.operating = Operating(jobs, self._reads, observer, self.wakeups)
+        self.workers = Workers(StoredWorkers(database, jobs.clock), self.copies, observer)
+        self.copies.keep(WORKERS, self.workers.load)
         self.maintenance = Maintenance(jobs, self.wakeups, observer, keeping, maintenance_seconds)
 
     async def start(self) -> None:
@@ -168,6 +173,7 @@ class Service:
         await self.copies.start()
         await self.wakeups.start()
         await self.watching.start()
+        await self.workers.start()
         await self.maintenance.start()
 
     def drain(self) -> None:
@@ -181,6 +187,7 @@ class Service:
         self.drain()
         await self.maintenance.stop()
         await self.watching.stop()
+        await self.workers.stop()
         for line in (self._enqueues, self._claims, self._acks, self._endings, self._heartbeats):
             await line.drained()
         await self._owner.settle(GIVE_BACK_SECONDS_MAX)
@@ -192,7 +199,7 @@ class Service:
         return await self._enqueues.submit(await self._resolved(request))
 
     async def lease(self, wanted: LeaseRequest, gone: "asyncio.Future[object]") -> Sequence[LeasedJob]:
-        """Take jobs, waiting for the first at most `wait_seconds`; an empty list when there is none.
+        """Take jobs, waiting for the first at most `wait_seconds`; an empty list when there are none for this worker.
 
         `gone` is done when nobody is there any more to take the answer: then nothing is leased, or what was
         leased meanwhile is released uncounted.
@@ -203,30 +210,42 @@ class Service:
         if self.wakeups.waiters >= self._max_lease_waiters:
             message = f"There are {self._max_lease_waiters} waiting leases already; come back a little later."
             raise UnavailableError(message, retry_after_seconds=5)
+        until = asyncio.get_running_loop().time() + wanted.wait_seconds
+        self.workers.asks(wanted)
+        # One that is to take no jobs waits all the same: a client that knows nothing of directives must not ask again
+        # and again.
+        lines = wanted.lines if self.workers.may_lease(wanted.worker) else ()
+        with self.wakeups.waiting(lines) as waiter, self.workers.attending(wanted.worker, waiter):
+            if not lines:
+                await waiter.called(until, gone)
+                return []
+            return await self._lease(wanted, waiter, until, gone)
+
+    async def _lease(
+        self, wanted: LeaseRequest, waiter: Waiter, until: float, gone: "asyncio.Future[object]"
+    ) -> Sequence[LeasedJob]:
         loop = asyncio.get_running_loop()
-        until = loop.time() + wanted.wait_seconds
         looks = 0
-        with self.wakeups.waiting(wanted.lines) as waiter:
-            while not gone.done():
-                waiter.listen()
-                claim = await self._claim(wanted, gone)
-                if gone.done():
-                    break
-                if claim.jobs:
-                    waiter.looked(Line(job.queue, job.type) for job in claim.jobs)
-                    return claim.jobs
-                looks += 1
-                if claim.contended and looks < LOOKS_AT_ONCE_MAX:
-                    continue
-                if self._draining or loop.time() >= until:
-                    break
-                if claim.contended:
-                    # Others hold all that is ready. What they take is theirs, but what they let go calls nobody.
-                    await asyncio.sleep(CONTENDED_PAUSE_SECONDS * random.uniform(0.5, 1.5))
-                    continue
-                waiter.looked(())
-                if not await waiter.called(until, gone):
-                    break
+        while not gone.done() and self.workers.may_lease(wanted.worker):
+            waiter.listen()
+            claim = await self._claim(wanted, gone)
+            if gone.done():
+                break
+            if claim.jobs:
+                waiter.looked(Line(job.queue, job.type) for job in claim.jobs)
+                return claim.jobs
+            looks += 1
+            if claim.contended and looks < LOOKS_AT_ONCE_MAX:
+                continue
+            if self._draining or loop.time() >= until:
+                break
+            if claim.contended:
+                # Others hold all that is ready. What they take is theirs, but what they let go calls nobody.
+                await asyncio.sleep(CONTENDED_PAUSE_SECONDS * random.uniform(0.5, 1.5))
+                continue
+            waiter.looked(())
+            if not await waiter.called(until, gone):
+                break
         return []
 
     async def ack(self, job_id: UUID, lease_id: UUID, result: bytes | None) -> Job:
@@ -464,8 +483,12 @@ class Service:
                 self._observer.on(_completed(answer))
             case Verdict():
                 self._observer.on(attempt_ended(answer))
-            case Beat(progressed=True):
-                self._observer.on(JobProgressed(job_id=answer.job_id, queue=answer.queue, type=answer.type))
+            case Beat():
+                self.workers.beats(answer.worker)
+                if answer.progressed:
+                    self._observer.on(
+                        JobProgressed(job_id=answer.job_id, queue=answer.queue, type=answer.type)
+                    )
             case _:
                 pass
 

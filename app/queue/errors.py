@@ -40,6 +40,15 @@ class QueueNotEmptyError(QueueError):
         super().__init__(f"Jobs of this queue are kept ({jobs}): purge, finish and delete them first.")
 
 
+class WorkerNotFoundError(QueueError):
+    """There is no such worker: none of this name was heard of lately."""
+
+    code = "not_found"
+
+    def __init__(self) -> None:
+        super().__init__("There is no such worker: none of this name was heard of in the last day.")
+
+
 class LeaseLostError(QueueError):
     """The lease named is not the one that the job has now. Nothing was changed."""
 

@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 from uuid import UUID
 
 from app.queue.lifecycle import State
-from app.queue.model import Outcome
+from app.queue.model import Directive, Outcome
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,6 +119,14 @@ class QueuePurged:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerDirected:
+    """Someone told a worker to go on, to take no more jobs, or to end."""
+
+    worker: str
+    directive: Directive
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class MaintenanceRan:
     """One maintenance task ran: how many rows it changed, and how long it took."""
 
@@ -135,7 +143,7 @@ class MaintenanceFailed:
     error: str
 
 
-QueueEvent = JobEvent | QueueChanged | QueuePurged | MaintenanceRan | MaintenanceFailed
+QueueEvent = JobEvent | QueueChanged | QueuePurged | WorkerDirected | MaintenanceRan | MaintenanceFailed
 
 
 class Happening(NamedTuple):

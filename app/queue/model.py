@@ -380,6 +380,31 @@ class Attempt:
     error: bytes | None
 
 
+class Directive(StrEnum):
+    """What an operator wants of a worker as a whole."""
+
+    CONTINUE = "continue"
+    QUIET = "quiet"
+    """Take no more jobs; finish those in hand."""
+    TERMINATE = "terminate"
+    """Take no more jobs, and end."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Worker:
+    """A worker, as known from its leases and heartbeats."""
+
+    name: str
+    queues: tuple[str, ...]
+    """What its leases ask for."""
+    types: tuple[str, ...] | None
+    active: int
+    """How many leases it holds."""
+    first_seen_at: datetime
+    last_seen_at: datetime
+    directive: Directive
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobFilter:
     """Which jobs a listing wants; an empty tuple or None asks for all."""

@@ -154,6 +154,11 @@ class Jobs:
         self._partitions = Partitions(database)
         self._clock = clock
 
+    @property
+    def clock(self) -> Callable[[], datetime | None]:
+        """The clock, for the other tables."""
+        return self._clock
+
     async def prepare(self) -> None:
         """Make the days that jobs are about to be written to."""
         await self._partitions.ensure(await self.now())

@@ -76,7 +76,7 @@ def routes_of(routes: list[Any]) -> Iterator[Route]:
 
 def test_every_route_is_in_the_document_and_nothing_else(app: Any, document: dict[str, Any]):
     served = {
-        (route.path, method.lower())
+        (getattr(route, "path_format", route.path), method.lower())
         for route in routes_of(app.routes)
         if route.path not in DOCUMENTATION
         for method in (route.methods or set()) - {"HEAD"}
@@ -270,6 +270,15 @@ async def run_queues(call: Checked) -> None:
         await call("DELETE", "/queues/{name}", name=name)
 
 
+async def direct_workers(call: Checked) -> None:
+    """Do all that can be done with a worker; `live` has made one known."""
+    for verb in ("quiet", "terminate", "resume"):
+        for name in ("w", "nobody"):
+            await call("POST", f"/workers/{{name}}/{verb}", name=name)
+    for query in ("", "?limit=0"):
+        await call("GET", "/workers", query)
+
+
 async def look(call: Checked, job_ids: list[str]) -> None:
     """Read all that can be read, then delete what can be deleted."""
     for job_id in job_ids:
@@ -299,6 +308,7 @@ async def test_what_is_really_answered_is_what_is_documented(world: World, docum
     call = Checked(queue, document)
     job_ids = await live(call)
     await run_queues(call)
+    await direct_workers(call)
     await look(call, job_ids)
     await misuse(call, document, job_ids[-1])
     queue.machine.service.drain()
