@@ -376,7 +376,7 @@ class EventLog:
         self._log = structlog.get_logger("leaseq")
         self._level = logging.getLevelNamesMapping()[level.upper()]
 
-    def on(self, event: QueueEvent) -> None:  # one short case an event
+    def on(self, event: QueueEvent) -> None:  # noqa: C901  # one short case an event
         """Write `event` down."""
         match event:
             case JobEnqueued():
