@@ -167,6 +167,9 @@ class EnqueueBody(Struct, forbid_unknown_fields=True):
         | None
     ) = None
     expires_in_seconds: Annotated[ExpiresInSeconds, Meta(description="instead of expires_at")] | None = None
+    dead_letter_queue: (
+        Annotated[Name, Meta(description="gets a copy of the job when it fails for good")] | None
+    ) = None
 
     def to_request(self, traceparent: str | None) -> JobRequest:
         """Translate it for the queue. Raises InvalidRequestError for what the schema can not say."""
@@ -176,6 +179,8 @@ class EnqueueBody(Struct, forbid_unknown_fields=True):
             raise InvalidRequestError("expires_at", "give expires_at or expires_in_seconds, not both")
         check_name("queue", self.queue)
         check_name("type", self.type)
+        if self.dead_letter_queue is not None:
+            check_name("dead_letter_queue", self.dead_letter_queue)
         for tag in self.tags:
             _check_clean("tags", tag)
         metadata = b"{}" if self.metadata is UNSET else bytes(self.metadata)
@@ -200,6 +205,7 @@ class EnqueueBody(Struct, forbid_unknown_fields=True):
             traceparent=traceparent if traceparent and TRACEPARENT.fullmatch(traceparent) else None,
             expires_at=None if self.expires_at is None else _utc("expires_at", self.expires_at),
             expires_in_seconds=self.expires_in_seconds,
+            dead_letter_queue=self.dead_letter_queue,
         )
 
 
@@ -440,7 +446,8 @@ class JobReply(Struct):
     dead_letter_queue: str | None
     source: (
         Annotated[
-            Raw, Meta(description="of a dead letter's copy: `{queue, job_id, attempts, error, failed_at}`")
+            Raw,
+            Meta(description="of a dead letter's copy: `{queue, job_id, attempts, error, failed_at, chain}`"),
         ]
         | None
     )
@@ -511,7 +518,8 @@ class LeasedJobReply(Struct):
     checkpoint: Annotated[Raw, Meta(description="what an earlier attempt has kept to go on from")] | None
     source: (
         Annotated[
-            Raw, Meta(description="of a dead letter's copy: `{queue, job_id, attempts, error, failed_at}`")
+            Raw,
+            Meta(description="of a dead letter's copy: `{queue, job_id, attempts, error, failed_at, chain}`"),
         ]
         | None
     )

@@ -8,7 +8,7 @@ import asyncio
 import math
 import random
 import time
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -17,6 +17,8 @@ from app.engine.running import Component
 from app.engine.wakeup import Wakeups
 from app.queue.events import (
     AttemptEnded,
+    JobEnqueued,
+    JobEvent,
     JobExpired,
     JobPromoted,
     MaintenanceFailed,
@@ -137,7 +139,9 @@ class Maintenance(Component):
                 BATCH, lambda lease, now: decide_expiry(lease, now, random.random()), since
             )
             for verdict in verdicts:
-                self._observer.on(attempt_ended(verdict))
+                for event in events_of(verdict):
+                    self._observer.on(event)
+            self._wakeups.placed(copy_places(verdicts))
             self.delayed(verdicts)
             return len(verdicts)
 
@@ -260,10 +264,10 @@ class Maintenance(Component):
         return max(soonest, PROMOTE_PAUSE_SECONDS)
 
 
-def attempt_ended(verdict: Verdict) -> AttemptEnded:
-    """Tell of a verdict."""
-    lease = verdict.lease
-    return AttemptEnded(
+def events_of(verdict: Verdict) -> Iterator[JobEvent]:
+    """Tell of a verdict, and of the copy that it has enqueued."""
+    lease, copied = verdict.lease, verdict.copied
+    yield AttemptEnded(
         job_id=lease.job_id,
         queue=lease.queue,
         type=lease.type,
@@ -273,6 +277,14 @@ def attempt_ended(verdict: Verdict) -> AttemptEnded:
         state=verdict.state,
         ran_seconds=max((verdict.decided_at - lease.leased_at).total_seconds(), 0.0),
     )
+    if copied is not None:
+        yield JobEnqueued(job_id=copied.job_id, queue=copied.queue, type=copied.type, state=State.READY)
+
+
+def copy_places(verdicts: Iterable[Verdict]) -> list[Place]:
+    """Return where the copies stand that the verdicts have enqueued."""
+    copies = [verdict.copied for verdict in verdicts if verdict.copied is not None]
+    return [Place(Line(copy.queue, copy.type), copy.priority, copy.ready_at) for copy in copies]
 
 
 def ready_places(verdicts: Sequence[Verdict]) -> list[Place]:

@@ -19,7 +19,7 @@ from app.engine.batching import Batcher
 from app.engine.copies import Copies
 from app.engine.cursors import Cursors
 from app.engine.leasing import Claims, LeaseRequest
-from app.engine.maintenance import Keeping, Maintenance, attempt_ended, ready_places
+from app.engine.maintenance import Keeping, Maintenance, copy_places, events_of, ready_places
 from app.engine.operating import Operating
 from app.engine.policies import Policies
 from app.engine.queues import Queues
@@ -482,7 +482,8 @@ class Service:
             case Job() | Done():
                 self._observer.on(_completed(answer))
             case Verdict():
-                self._observer.on(attempt_ended(answer))
+                for event in events_of(answer):
+                    self._observer.on(event)
             case Beat():
                 self.workers.beats(answer.worker)
                 if answer.progressed:
@@ -497,6 +498,7 @@ class Service:
         verdicts = [answer for answer in answers if isinstance(answer, Verdict)]
         if verdicts:
             self.wakeups.placed(ready_places(verdicts), old=True)
+            self.wakeups.placed(copy_places(verdicts))
             self.maintenance.delayed(verdicts)
 
     async def _recall(self, words: Sequence[Word]) -> dict[UUID, Settled | QueueError]:

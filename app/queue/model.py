@@ -279,6 +279,8 @@ class Lease:
     max_retries: int
     budget_start: int
     backoff: Backoff
+    dead_letter_queue: str | None = None
+    source: bytes | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -318,6 +320,16 @@ class Verb(StrEnum):
     RELEASE = "release"
 
 
+class Copied(NamedTuple):
+    """The copy of a dead letter that was enqueued with its verdict: ready at once."""
+
+    job_id: UUID
+    queue: str
+    type: str
+    priority: int
+    ready_at: datetime
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
     """What becomes of a job whose attempt ended otherwise than by an ack."""
@@ -332,6 +344,7 @@ class Verdict:
     run_at: datetime | None = None
     reason: str | None = None
     error: WorkError | None = None
+    copied: Copied | None = None
 
 
 class Done(NamedTuple):

@@ -9,14 +9,16 @@ connection died at the COMMIT itself, of unknown outcome.
 
 import json
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache
 from typing import Any, NamedTuple, TypeVar
 from uuid import UUID
 
 import asyncpg
+from uuid_utils.compat import uuid7
 
+from app.queue.dead_letters import Copy, copy_of
 from app.queue.errors import UnavailableError
 from app.queue.groups import error_group
 from app.queue.lifecycle import RETRIABLE, TERMINAL, State
@@ -25,6 +27,7 @@ from app.queue.model import (
     Backoff,
     BackoffStrategy,
     Beat,
+    Copied,
     Decide,
     Done,
     Ending,
@@ -328,8 +331,8 @@ class Jobs:
         async def work(transaction: Transaction) -> tuple[list[Verdict], datetime]:
             rows = await transaction.fetch("lock_expired", self._clock(), limit, since)
             verdicts = [decide(_lease(row), row["now"]) for row in rows if row["id"] is not None]
-            await self._write(transaction, verdicts, [None] * len(verdicts))
-            return verdicts, rows[0]["now"]
+            written = await self._write(transaction, verdicts, [None] * len(verdicts))
+            return written, rows[0]["now"]
 
         return await self._keeping(lambda: self._database.transact(work))
 
@@ -498,13 +501,13 @@ class Jobs:
             [ending.lease_id for ending in ordered],
             or_pass=_or_pass(wait),
         )
-        verdicts = {row["id"]: by_id[row["id"]].decide(_lease(row), row["now"]) for row in rows}
-        await self._write(transaction, list(verdicts.values()), [by_id[job_id].verb for job_id in verdicts])
-        return verdicts
+        verdicts = [by_id[row["id"]].decide(_lease(row), row["now"]) for row in rows]
+        written = await self._write(transaction, verdicts, [by_id[row["id"]].verb for row in rows])
+        return {verdict.lease.job_id: verdict for verdict in written}
 
     async def _write(
         self, transaction: Transaction, verdicts: Sequence[Verdict], verbs: Sequence[Verb | None]
-    ) -> None:
+    ) -> list[Verdict]:
         if verdicts:
             await transaction.fetch(
                 "conclude",
@@ -520,6 +523,25 @@ class Jobs:
                 [verdict.outcome for verdict in verdicts],
                 verbs,
             )
+
+        copies = [copy for verdict in verdicts if (copy := copy_of(verdict)) is not None]
+        return list(verdicts) if not copies else await self._copy(transaction, verdicts, copies)
+
+    async def _copy(
+        self, transaction: Transaction, verdicts: Sequence[Verdict], copies: Sequence[Copy]
+    ) -> list[Verdict]:
+        """Enqueue the copies of what the verdicts have buried; return the verdicts with what became of them."""
+        minted = {uuid7(): copy for copy in copies}
+        rows = await transaction.fetch(
+            "copy",
+            self._clock(),
+            [copy.of for copy in copies],
+            list(minted),
+            [copy.queue for copy in copies],
+            [copy.source for copy in copies],
+        )
+        copied = {minted[row["id"]].of: Copied(*row) for row in rows}
+        return [replace(verdict, copied=copied.get(verdict.lease.job_id)) for verdict in verdicts]
 
     async def _keeping(self, write: Callable[[], Awaitable[T]]) -> T:
         """Run a write of workers' words: make its day when that is missing, repeat it when its outcome is unknown.
@@ -657,6 +679,8 @@ def _lease(row: asyncpg.Record) -> Lease:
         max_retries=row["max_retries"],
         budget_start=row["budget_start"],
         backoff=_backoff(row["backoff"]),
+        dead_letter_queue=row["dead_letter_queue"],
+        source=row["source"],
     )
 
 

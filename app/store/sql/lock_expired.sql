@@ -1,6 +1,7 @@
 -- Lock leases that have run out since $3, the longest overdue first, with what decides about their jobs. First half
 -- of reap; a lease that its worker or another reaper holds at this moment is left to them. There is always one row.
-SELECT clock.now, overdue.*, body.max_retries, body.budget_start, body.backoff
+SELECT clock.now, overdue.*, body.max_retries, body.budget_start, body.backoff,
+       body.dead_letter_queue, body.source
   FROM (SELECT coalesce($1::timestamptz, now()) AS now) AS clock
   LEFT JOIN (
         SELECT l.*
@@ -10,7 +11,7 @@ SELECT clock.now, overdue.*, body.max_retries, body.budget_start, body.backoff
          LIMIT $2::int
            FOR UPDATE SKIP LOCKED) AS overdue ON true
   LEFT JOIN LATERAL (
-        SELECT b.max_retries, b.budget_start, b.backoff
+        SELECT b.max_retries, b.budget_start, b.backoff, b.dead_letter_queue, b.source
           FROM {schema}.jobs AS b
          WHERE b.id = overdue.id
         OFFSET 0) AS body ON true
