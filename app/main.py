@@ -17,6 +17,7 @@ from app.api.operate import show_process
 from app.api.protocol import Protocol
 from app.engine.maintenance import Keeping
 from app.engine.service import Service
+from app.engine.streams import Streams
 from app.engine.watching import Watching
 from app.queue.errors import UnavailableError
 from app.queue.events import Observer
@@ -67,10 +68,11 @@ def build(
     jobs = Jobs(database, clock)
     metrics = Metrics(process)
     watching = Watching(database, jobs, settings.max_job_watchers)
+    streams = Streams(settings.max_event_streams, metrics)
     service = Service(
         database,
         jobs,
-        Everyone([metrics, EventLog(settings.log_level), watching, *observers]),
+        Everyone([metrics, EventLog(settings.log_level), watching, streams, *observers]),
         settings.defaults,
         Keeping(completed_seconds=settings.retention_seconds, dead_seconds=settings.dead_retention_seconds),
         create_queues=settings.create_queues,
@@ -78,6 +80,7 @@ def build(
         poll_seconds=settings.poll_seconds,
         max_lease_waiters=settings.max_lease_waiters,
         watching=watching,
+        streams=streams,
     )
     api = create_api(
         service,

@@ -244,6 +244,7 @@ def _share(settings: Settings, number: int) -> Settings:
             "db_pool_size": part(settings.db_pool_size, POOL_SIZE_LEAST),
             "max_lease_waiters": part(settings.max_lease_waiters, 1),
             "max_job_watchers": part(settings.max_job_watchers, 1),
+            "max_event_streams": part(settings.max_event_streams, 1),
         }
     )
 

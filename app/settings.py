@@ -90,6 +90,11 @@ class Settings(BaseSettings):
         ge=1,
         description="requests that may wait at once for the end of a job, shared out between the processes",
     )
+    max_event_streams: int = Field(
+        default=100,
+        ge=1,
+        description="listeners of `GET /events` at once, shared out between the processes",
+    )
     db_pool_size: int = Field(
         default=8,
         ge=1,

@@ -44,6 +44,7 @@ from app.queue.events import (
     QueueChanged,
     QueueEvent,
     QueuePurged,
+    StreamReset,
     WorkerDirected,
 )
 from app.queue.lifecycle import State
@@ -160,6 +161,10 @@ class Metrics:
         self._watchers = self._gauge(
             "leaseq_job_watchers", "Requests that wait for the end of a job", "livesum"
         )
+        self._streams = self._gauge("leaseq_event_streams", "Listeners of GET /events", "livesum")
+        self._resets = self._counter(
+            "leaseq_event_stream_resets", "Times that listeners were told that something is missing", "reason"
+        )
         self._listening = self._gauge(
             "leaseq_listening", "1 while hints from other processes are heard", "livemin"
         )
@@ -187,6 +192,8 @@ class Metrics:
                 self._expired.labels(self._queue(event.queue)).inc()
             case MaintenanceRan():
                 self._maintenance.labels(event.task).observe(event.took_seconds)
+            case StreamReset():
+                self._resets.labels(event.reason).inc()
             case MaintenanceFailed():
                 self._maintenance_failures.labels(event.task).inc()
             case _:
@@ -212,11 +219,12 @@ class Metrics:
         return True
 
     def show_process(
-        self, *, waiters: int, watchers: int, listening: bool, pool_size: int, pool_idle: int
+        self, *, waiters: int, watchers: int, streams: int, listening: bool, pool_size: int, pool_idle: int
     ) -> None:
         """Set the gauges that this process knows by itself."""
         self._waiters.set(waiters)
         self._watchers.set(watchers)
+        self._streams.set(streams)
         self._listening.set(listening)
         self._pool.labels("idle").set(pool_idle)
         self._pool.labels("used").set(pool_size - pool_idle)

@@ -6,6 +6,16 @@ from fastapi import Response
 
 from app.api.thin import encode
 
+
+class EventText(str):
+    """Server-sent events."""
+
+    __slots__ = ()
+
+
+TEXTS: dict[type, str] = {str: "text/plain", EventText: "text/event-stream"}
+"""The replies that are not JSON, with their media types."""
+
 REPLIES: dict[str, type] = {}
 """The replies that routes have named, by their names: FastAPI carries nothing but JSON from a route to its document."""
 

@@ -8,7 +8,7 @@ import msgspec
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
-from app.api.answers import REPLIES
+from app.api.answers import REPLIES, TEXTS
 from app.api.problems import CODES, MEDIA_TYPE
 from app.api.schemas import Problem
 from app.api.thin import Operation, ThinRoute
@@ -115,8 +115,9 @@ def _thin_operation(operation: Operation, schemas: dict[str, Any]) -> dict[str, 
 def _answer(description: str, reply: Any, schemas: dict[str, Any]) -> dict[str, Any]:
     if reply is None:
         return {"description": description}
-    media_type = "text/plain" if reply is str else "application/json"
-    return {"description": description, "content": {media_type: {"schema": _schema(reply, schemas)}}}
+    schema = {"type": "string"} if reply in TEXTS else _schema(reply, schemas)
+    media_type = TEXTS.get(reply, "application/json")
+    return {"description": description, "content": {media_type: {"schema": schema}}}
 
 
 def _problems(codes: Iterable[str], schemas: dict[str, Any]) -> dict[str, Any]:

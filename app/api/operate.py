@@ -224,6 +224,7 @@ def show_process(service: Service, metrics: Metrics) -> None:
     metrics.show_process(
         waiters=service.wakeups.waiters,
         watchers=service.watching.watchers,
+        streams=service.streams.count,
         listening=service.wakeups.listening.is_set(),
         pool_size=size,
         pool_idle=idle,

@@ -10,6 +10,8 @@ from app.api.problems import MEDIA_TYPE, bad_request
 CHUNKED = b"transfer-encoding: chunked"
 GONE = "leaseq.gone"
 """Where a request's scope has the future that is done once its client has gone."""
+CUT = "leaseq.cut"
+"""Where it has what ends its connection at once, whatever is still to be sent."""
 
 
 class Joined:
@@ -63,6 +65,7 @@ class Protocol(HttpToolsProtocol):
         """Take a request. Its task runs in a later turn of the loop."""
         super().on_headers_complete()
         self.scope[GONE] = self._gone  # type: ignore[literal-required]  # a server may add keys of its own
+        self.scope[CUT] = self.transport.abort  # type: ignore[literal-required]
         # To a HEAD no body is written, and "100 Continue" must not wait for one.
         if self.cycle is not None and self.scope["method"] != "HEAD" and not self.expect_100_continue:
             cycle: Any = self.cycle

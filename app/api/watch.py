@@ -1,18 +1,39 @@
-"""What people ask who watch jobs: how one stands, or what becomes of it."""
+"""What people ask who watch jobs: how one stands, what becomes of it, what happens to all."""
 
+import asyncio
+from datetime import UTC, datetime
 from typing import Annotated
+from uuid import UUID
 
-from fastapi import APIRouter, Query, Request, Response
+import msgspec
+from fastapi import APIRouter, Header, Query, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
+from starlette.types import Receive, Scope, Send
 
-from app.api.answers import answers, json_response
-from app.api.operate import JobId
-from app.api.protocol import GONE
+from app.api.answers import EventText, answers, json_response
+from app.api.operate import JobId, Name
+from app.api.protocol import CUT, GONE
 from app.api.schemas import JobReply
-from app.api.thin import job_id_of
+from app.api.thin import encode, job_id_of
 from app.engine.service import Service
+from app.engine.streams import Entry, Reset, Streams, Wanted
+from app.queue.lifecycle import State
 
 WAIT_SECONDS_MAX = 30
+
+EVENTS_PATH = "/events"
+KEEP_ALIVE_SECONDS = 15.0
+"""How often a silent stream says something: proxies end connections that are silent for a minute."""
+RETRY_MILLISECONDS = 2000
+"""How long a client should wait before it comes again."""
+NAMES_MAX = 100
+
+_STREAM_HEADERS = [
+    (b"content-type", b"text/event-stream"),
+    (b"cache-control", b"no-store"),
+    # nginx would hold events back to send more at once.
+    (b"x-accel-buffering", b"no"),
+]
 
 
 class ShowQuery(BaseModel):
@@ -29,9 +50,80 @@ class ShowQuery(BaseModel):
     )
 
 
+class EventsQuery(BaseModel):
+    """Which events to tell of; what is repeated means any of them, different names mean all of them."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    queue: list[Name] = Field(default=[], max_length=NAMES_MAX, description="repeatable")
+    type: list[Name] = Field(default=[], max_length=NAMES_MAX, description="repeatable")
+    id: list[UUID] = Field(default=[], max_length=NAMES_MAX, description="a job's id; repeatable")
+
+    def to_wanted(self) -> Wanted:
+        """Translate it for the queue."""
+        return Wanted(frozenset(self.queue), frozenset(self.type), frozenset(self.id))
+
+
+class EventData(msgspec.Struct):
+    """What an event says of its job."""
+
+    id: UUID
+    queue: str
+    type: str
+    state: State
+    at: datetime
+
+
+class EventStream(Response):
+    """Server-sent events, for as long as their reader is there and the service does not stop."""
+
+    def __init__(self, streams: Streams, wanted: Wanted, last_id: str | None) -> None:
+        super().__init__()
+        self._streams = streams
+        self._wanted = wanted
+        self._last_id = last_id
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002  # ASGI's form
+        """Serve one listener. Raises UnavailableError before the answer begins when there are too many."""
+        gone: asyncio.Future[object] = scope[GONE]
+        with self._streams.stream(self._wanted, self._last_id, scope[CUT]) as stream:
+
+            def leave(_gone: "asyncio.Future[object]") -> None:
+                stream.leave()
+
+            gone.add_done_callback(leave)
+            try:
+                await send({"type": "http.response.start", "status": 200, "headers": _STREAM_HEADERS})
+                # An id without data is no event, but where to resume from.
+                text = f"retry: {RETRY_MILLISECONDS}\nid: {stream.id}\n\n".encode()
+                while True:
+                    await send({"type": "http.response.body", "body": text, "more_body": True})
+                    # Sending waits while the reader is slow: what happens meanwhile waits in the ring, for a while.
+                    if self._streams.draining:
+                        break
+                    entries = await stream.read(KEEP_ALIVE_SECONDS)
+                    if entries is None:
+                        break
+                    text = b"".join(map(_event, entries)) or f": keep-alive\nid: {stream.id}\n\n".encode()
+                await send({"type": "http.response.body", "body": b""})
+            finally:
+                gone.remove_done_callback(leave)
+
+
+def _event(entry: Entry) -> bytes:
+    what = entry.what
+    if isinstance(what, Reset):
+        name, data = "reset", encode({"reason": what.reason})
+    else:
+        name = what.name
+        at = datetime.fromtimestamp(what.at, UTC)
+        data = encode(EventData(what.job_id, what.queue, what.type, what.state, at))
+    return b"id: %b\nevent: %b\ndata: %b\n\n" % (entry.id.encode(), name.encode(), data)
+
+
 def waits(request: Request) -> bool:
     """Whether a request lasts as long as it chooses to wait, and so says nothing of our speed."""
-    return "wait_seconds" in request.query_params
+    return "wait_seconds" in request.query_params or request.url.path == EVENTS_PATH
 
 
 def router(service: Service) -> APIRouter:
@@ -54,5 +146,25 @@ def router(service: Service) -> APIRouter:
             return json_response(JobReply.of(await service.job(asked)))
         job = await service.watching.ended(asked, query.wait_seconds, request.scope[GONE])
         return json_response(JobReply.of(job))
+
+    @routes.get(
+        EVENTS_PATH,
+        tags=["Inspect"],
+        summary="Listen to what happens to jobs",
+        description=(
+            "Server-sent events: `job.enqueued`, `job.leased`, `job.progress`, `job.completed`, `job.retry`,"
+            " `job.released`, `job.failed`, `job.cancelled`, `job.expired`, each with `id`, `queue`, `type`, `state`"
+            " and `at` as JSON. They are hints, not a log: where something is missing an event `reset` says so, and"
+            " whoever needs to know looks for himself. A comment comes every 15 seconds when nothing else does."
+        ),
+        openapi_extra=answers(EventText, "Events, as they happen.", "invalid"),
+    )
+    async def listen(
+        query: Annotated[EventsQuery, Query()],
+        last_event_id: Annotated[
+            str | None, Header(description="the id of the last event that was received, to go on from there")
+        ] = None,
+    ) -> Response:
+        return EventStream(service.streams, query.to_wanted(), last_event_id)
 
     return routes

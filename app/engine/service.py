@@ -24,6 +24,7 @@ from app.engine.operating import Operating
 from app.engine.policies import Policies
 from app.engine.queues import Queues
 from app.engine.running import TaskOwner
+from app.engine.streams import Streams
 from app.engine.wakeup import Waiter, Wakeups
 from app.engine.watching import Watching
 from app.engine.workers import Workers
@@ -127,6 +128,7 @@ class Service:
         poll_seconds: float,
         max_lease_waiters: int,
         watching: Watching,
+        streams: Streams,
     ) -> None:
         self._database = database
         self._jobs = jobs
@@ -152,6 +154,7 @@ class Service:
         )
         self._alone = asyncio.Semaphore(ALONE_MAX)
         self.watching = watching
+        self.streams = streams
         self.wakeups = Wakeups(
             database,
             jobs,
@@ -160,6 +163,7 @@ class Service:
             lambda: self.policies.paused,
             lambda topics: self.copies.hint(topics),  # noqa: PLW0108  # each of the two needs the other
         )
+        streams.attach(self.wakeups)
         self.copies = Copies(stored.change_numbers, self.wakeups.tell_change)
         self.copies.keep(QUEUES, self._load_policies)
         self.queues = Queues(stored, self.copies, observer, jobs.now, self.oldest_ready_seconds)
@@ -174,6 +178,7 @@ class Service:
         await self.wakeups.start()
         await self.watching.start()
         await self.workers.start()
+        await self.streams.start()
         await self.maintenance.start()
 
     def drain(self) -> None:
@@ -181,6 +186,7 @@ class Service:
         self._draining = True
         self.wakeups.send_all_away()
         self.watching.send_all_away()
+        self.streams.send_all_away()
 
     async def stop(self) -> None:
         """Stop what runs in the background; requests must have ended."""
@@ -188,6 +194,7 @@ class Service:
         await self.maintenance.stop()
         await self.watching.stop()
         await self.workers.stop()
+        await self.streams.stop()
         for line in (self._enqueues, self._claims, self._acks, self._endings, self._heartbeats):
             await line.drained()
         await self._owner.settle(GIVE_BACK_SECONDS_MAX)

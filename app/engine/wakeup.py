@@ -29,7 +29,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Protocol
 from uuid import uuid4
 
 import structlog
@@ -187,6 +187,19 @@ class Room:
         return {line: len(waiters) for line, waiters in self._lines.items() if line.queue not in paused}
 
 
+class Talker(Protocol):
+    """Who shares the connection to the other processes. What is said may get lost."""
+
+    def words(self) -> list[Any]:
+        """Take what is to be said now, each small enough for one hint."""
+
+    def heard(self, origin: str, word: Any) -> None:
+        """Hear a word that the process `origin` has said, or anybody: ValueError or TypeError where it makes no sense."""
+
+    def connected(self) -> None:
+        """Note that words are heard from now on, and that some may have been lost before."""
+
+
 class Wakeups(Component):
     """The room, and its connection to the other processes."""
 
@@ -216,6 +229,7 @@ class Wakeups(Component):
         self._to_say = asyncio.Event()
         self._to_look = asyncio.Event()
         self._everywhere = False
+        self._talkers: dict[str, Talker] = {}
         self._origin = uuid4().hex
         self._channel = f"leaseq {database.schema}"
         self.listening = asyncio.Event()
@@ -275,6 +289,14 @@ class Wakeups(Component):
     def tell_change(self, topic: str) -> None:
         """Let the other processes know that something has changed that they keep a copy of."""
         self._changes.add(topic)
+        self._to_say.set()
+
+    def attach(self, kind: str, talker: Talker) -> None:
+        """Let `talker` say and hear words of this kind over our connection."""
+        self._talkers[kind] = talker
+
+    def speak(self) -> None:
+        """Ask the talkers soon for what they have to say."""
         self._to_say.set()
 
     def send_all_away(self) -> None:
@@ -338,6 +360,8 @@ class Wakeups(Component):
                     self.listening.set()
                     # Hints may have gone by while nobody listened.
                     self.look_soon()
+                    for talker in self._talkers.values():
+                        talker.connected()
                     tries = 0
                     await self._talk(connection)
                 finally:
@@ -358,13 +382,15 @@ class Wakeups(Component):
                 await connection.execute("SELECT 1")
                 continue
             self._to_say.clear()
-            message = self._message()
+            messages = [self._message(), *self._words()]
             said, self._hints = self._hints, {}
             changes, self._changes = self._changes, set()
             self._old_places, self._first_places = [], {}
             self._others_look = self._others_look_everywhere = False
             try:
-                await connection.execute("SELECT pg_notify($1, $2)", self._channel, message)
+                await connection.execute(
+                    "SELECT pg_notify($1, word) FROM unnest($2::text[]) AS word", self._channel, messages
+                )
             except Exception:
                 # They are said again over the next connection: one too many costs a look.
                 self._hints = {**said, **self._hints}
@@ -373,6 +399,13 @@ class Wakeups(Component):
                 self._to_say.set()
                 raise
             await asyncio.sleep(HINT_PAUSE_SECONDS)
+
+    def _words(self) -> list[str]:
+        return [
+            json.dumps({"from": self._origin, kind: word})
+            for kind, talker in self._talkers.items()
+            for word in talker.words()
+        ]
 
     def _message(self) -> str:
         changed = {"changed": sorted(self._changes)} if self._changes else {}
@@ -403,6 +436,8 @@ class Wakeups(Component):
                 for queue, type_, priority, since in said.get("places", ())
             ]
             changed = {str(topic) for topic in said.get("changed", ())}
+            for kind in self._talkers.keys() & said.keys():
+                self._talkers[kind].heard(str(said["from"]), said[kind])
         except (ValueError, TypeError, KeyError, AttributeError):
             log.warning("hint_not_understood")  # anybody in the database may send one
             return

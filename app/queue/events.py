@@ -127,6 +127,17 @@ class WorkerDirected:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StreamReset:
+    """A listener was told that something is missing.
+
+    The reason is `resume` (he wants to go on from what is not there any more), `slow` (he read too slowly), or `missing`
+    (processes could not tell each other all).
+    """
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class MaintenanceRan:
     """One maintenance task ran: how many rows it changed, and how long it took."""
 
@@ -143,7 +154,26 @@ class MaintenanceFailed:
     error: str
 
 
-QueueEvent = JobEvent | QueueChanged | QueuePurged | WorkerDirected | MaintenanceRan | MaintenanceFailed
+QueueEvent = (
+    JobEvent | QueueChanged | QueuePurged | WorkerDirected | StreamReset | MaintenanceRan | MaintenanceFailed
+)
+
+
+TOLD = frozenset(
+    f"job.{name}"
+    for name in (
+        "enqueued",
+        "leased",
+        "progress",
+        "completed",
+        "retry",
+        "released",
+        "failed",
+        "cancelled",
+        "expired",
+    )
+)
+"""The names of what is told to those who watch jobs from outside."""
 
 
 class Happening(NamedTuple):
@@ -161,6 +191,8 @@ def told(event: QueueEvent) -> Happening | None:  # noqa: PLR0911  # one line a 
             return Happening("job.enqueued", event.state)
         case JobLeased():
             return Happening("job.leased", State.ACTIVE)
+        case JobProgressed():
+            return Happening("job.progress", State.ACTIVE)
         case JobCompleted():
             return Happening("job.completed", State.COMPLETED)
         case AttemptEnded():

@@ -315,6 +315,8 @@ async def test_what_is_really_answered_is_what_is_documented(world: World, docum
     await call("POST", "/lease", json={"queues": ["q"]})
     await call("GET", "/health/ready")
     await call("GET", "/health")
+    for query in ("", "?queue="):
+        await call("GET", "/events", query)
     documented = {
         (path, method, status)
         for path, method, operation in operations(document)

@@ -35,6 +35,12 @@ async def watched(queue: Replica, job: dict[str, Any], count: int = 1) -> Reply:
     return reply
 
 
+async def called(reply: Reply) -> httpx.Response:
+    """Return the answer of a request that was called: its time was not up yet."""
+    async with asyncio.timeout(15):
+        return await reply
+
+
 @pytest.fixture
 def no_looks(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is answered was called for: nobody looks by himself."""
@@ -74,7 +80,7 @@ async def test_an_end_made_by_this_process_answers_at_once(queue: Replica, end: 
             case _:
                 await queue.http.post(f"/jobs/{job['id']}/cancel")
                 await queue.fail(leased)
-    answer = await reply
+    answer = await called(reply)
     assert (answer.status_code, answer.json()["state"]) == (200, state)
     assert answer.json() == await queue.job(job["id"])
     if state == "completed":
@@ -88,7 +94,7 @@ async def test_the_end_by_the_reaper_answers_too(queue: Replica):
     await queue.lease_one()
     queue.clock.move(31)
     await queue.maintain()
-    assert (await reply).json()["state"] == "failed"
+    assert (await called(reply)).json()["state"] == "failed"
 
 
 @pytest.mark.usefixtures("no_looks")
@@ -97,7 +103,7 @@ async def test_the_end_by_the_start_deadline_answers_too(queue: Replica):
     reply = await watched(queue, job)
     queue.clock.move(61)
     await queue.maintain()
-    assert (await reply).json()["state"] == "expired"
+    assert (await called(reply)).json()["state"] == "expired"
 
 
 @pytest.mark.usefixtures("no_looks")
@@ -107,7 +113,7 @@ async def test_a_retry_is_no_end(queue: Replica):
     await queue.fail(await queue.lease_one())
     await queue.maintain()
     await queue.verb("ack", await queue.lease_one())
-    ended = (await reply).json()
+    ended = (await called(reply)).json()
     assert (ended["state"], ended["attempt"]) == ("completed", 2)
 
 
@@ -117,10 +123,10 @@ async def test_everybody_who_waits_for_a_job_is_answered(queue: Replica):
     replies = [await watched(queue, job, count) for count in (1, 2)]
     another = await watched(queue, other, 3)
     await queue.verb("ack", await queue.lease_one())
-    assert [(await reply).json()["state"] for reply in replies] == ["completed"] * 2
+    assert [(await called(reply)).json()["state"] for reply in replies] == ["completed"] * 2
     assert not another.done()
     await queue.verb("ack", await queue.lease_one("other"))
-    assert (await another).json()["id"] == other["id"]
+    assert (await called(another)).json()["id"] == other["id"]
 
 
 async def test_an_end_made_elsewhere_answers_too(queue: Replica, world: World):
@@ -128,7 +134,7 @@ async def test_an_end_made_elsewhere_answers_too(queue: Replica, world: World):
     job = await queue.enqueue()
     reply = await watched(queue, job)
     await elsewhere.verb("ack", await elsewhere.lease_one())
-    assert (await reply).json()["state"] == "completed"
+    assert (await called(reply)).json()["state"] == "completed"
 
 
 @pytest.mark.usefixtures("no_looks")
@@ -144,11 +150,11 @@ async def test_one_look_is_for_all_that_is_watched_and_none_holds_a_connection(w
     async with logged(queue) as statements:
         await queue.machine.service.watching.look()
     assert len(statements) == 1
-    ended = await asyncio.gather(*replies[:11])
+    ended = await asyncio.gather(*map(called, replies[:11]))
     assert {answer.json()["state"] for answer in ended} == {"completed"}
     assert not replies[11].done()
     await queue.verb("ack", await queue.lease_one())
-    assert (await replies[11]).json()["state"] == "completed"
+    assert (await called(replies[11])).json()["state"] == "completed"
 
 
 async def test_nobody_looks_while_nobody_watches(world: World):
@@ -192,7 +198,7 @@ async def test_a_job_that_is_deleted_while_it_is_watched_is_not_found(queue: Rep
     await elsewhere.verb("ack", await elsewhere.lease_one())
     assert (await elsewhere.http.delete(f"/jobs/{job['id']}")).status_code == 204
     await queue.machine.service.watching.look()
-    answer = await reply
+    answer = await called(reply)
     assert (answer.status_code, answer.json()["code"]) == (404, "not_found")
 
 
@@ -213,7 +219,7 @@ async def test_a_stop_answers_all_with_the_present_state(queue: Replica):
     jobs = [await queue.enqueue() for _ in range(2)]
     replies = [await watched(queue, job, count) for count, job in enumerate(jobs, 1)]
     queue.server.stop()
-    answers = await asyncio.gather(*replies)
+    answers = await asyncio.gather(*map(called, replies))
     assert [(answer.status_code, answer.json()) for answer in answers] == [(200, job) for job in jobs]
 
 
@@ -232,7 +238,7 @@ async def test_more_than_the_setting_allows_are_told_to_come_back(world: World):
     assert int(answer.headers["retry-after"]) > 0
     assert (await queue.job(job["id"])) == job  # who does not wait is not counted
     await queue.verb("ack", await queue.lease_one())
-    assert (await reply).json()["state"] == "completed"
+    assert (await called(reply)).json()["state"] == "completed"
 
 
 @pytest.mark.parametrize(

@@ -252,12 +252,17 @@ async def test_without_the_setting_there_is_one_process(world: World, processes:
 @pytest.mark.parametrize(("total", "shares"), [(14, [5, 5, 4]), (15, [5, 5, 5])])
 def test_what_is_meant_for_all_is_shared_out(total: int, shares: list[int], world: World):
     settings = world.settings(
-        processes=3, db_pool_size=total, max_lease_waiters=total, max_job_watchers=total
+        processes=3,
+        db_pool_size=total,
+        max_lease_waiters=total,
+        max_job_watchers=total,
+        max_event_streams=total,
     )
     parts = [_share(settings, number) for number in (1, 2, 3)]
     assert [part.db_pool_size for part in parts] == shares
     assert [part.max_lease_waiters for part in parts] == shares
     assert [part.max_job_watchers for part in parts] == shares
+    assert [part.max_event_streams for part in parts] == shares
     assert {part.processes for part in parts} == {1}
 
 
