@@ -37,6 +37,7 @@ from app.queue.events import (
     JobLeased,
     JobProgressed,
     JobPromoted,
+    JobReplaced,
     JobRetried,
     MaintenanceFailed,
     MaintenanceRan,
@@ -113,6 +114,9 @@ class Metrics:
         self._queues: set[str] = set()
         self._by_queue: dict[str, _OfQueue] = {}
         self._enqueued = self._counter("leaseq_jobs_enqueued", "Jobs stored", "queue")
+        self._replaced = self._counter(
+            "leaseq_jobs_replaced", "Jobs that took the fields of a new one with their unique key", "queue"
+        )
         self._completed = self._counter("leaseq_jobs_completed", "Jobs acked", "queue")
         self._attempts_failed = self._counter(
             "leaseq_attempts_failed",
@@ -178,6 +182,8 @@ class Metrics:
         match event:
             case JobEnqueued():
                 self._of(event.queue).enqueued.inc()
+            case JobReplaced():
+                self._replaced.labels(self._queue(event.queue)).inc()
             case JobLeased():
                 self._of(event.queue).waits.observe(event.waited_seconds)
             case JobCompleted():
@@ -387,8 +393,9 @@ class EventLog:
     def on(self, event: QueueEvent) -> None:  # noqa: C901  # one short case an event
         """Write `event` down."""
         match event:
-            case JobEnqueued():
-                self._line(logging.DEBUG, "job_enqueued", event, state=event.state)
+            case JobEnqueued() | JobReplaced():
+                name = "job_enqueued" if isinstance(event, JobEnqueued) else "job_replaced"
+                self._line(logging.DEBUG, name, event, state=event.state)
             case JobLeased():
                 self._line(logging.DEBUG, "job_leased", event, worker=event.worker, attempt=event.attempt)
             case JobCompleted():

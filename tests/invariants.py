@@ -33,6 +33,27 @@ _CHECKS = {
                      UNION ALL SELECT id, noted FROM leaseq.held UNION ALL SELECT id, noted FROM leaseq.leases) AS p
             ON p.id = n.job_id
          WHERE p.noted IS NOT TRUE""",
+    "no two living jobs hold one unique key": """
+        SELECT b.queue, b.unique_key
+          FROM leaseq.jobs AS b
+          LEFT JOIN leaseq.ready AS r ON r.id = b.id
+          LEFT JOIN leaseq.scheduled AS s ON s.id = b.id
+          LEFT JOIN leaseq.held AS h ON h.id = b.id
+         WHERE b.unique_scope = 'unfinished'
+            OR b.unique_scope = 'queued' AND coalesce(r.attempt, s.attempt, h.attempt) = 0
+               AND NOT EXISTS (SELECT FROM leaseq.attempts AS a WHERE a.job_id = b.id)
+         GROUP BY b.queue, b.unique_key HAVING count(*) > 1""",
+    "a living job that holds its unique key is named in its row": """
+        SELECT b.id, u.job_id, b.unique_scope, u.scope
+          FROM leaseq.jobs AS b
+          LEFT JOIN leaseq.ready AS r ON r.id = b.id
+          LEFT JOIN leaseq.scheduled AS s ON s.id = b.id
+          LEFT JOIN leaseq.held AS h ON h.id = b.id
+          LEFT JOIN leaseq.unique_keys AS u ON (u.queue, u.key) = (b.queue, b.unique_key)
+         WHERE (b.unique_scope = 'unfinished'
+                OR b.unique_scope = 'queued' AND coalesce(r.attempt, s.attempt, h.attempt) = 0
+                   AND NOT EXISTS (SELECT FROM leaseq.attempts AS a WHERE a.job_id = b.id))
+           AND (u.job_id, u.scope) IS DISTINCT FROM (b.id, b.unique_scope)""",
     "every lease has a token of its own": """
         SELECT lease_id FROM leaseq.leases GROUP BY lease_id HAVING count(*) > 1""",
     "no lease outlives its time limit": """

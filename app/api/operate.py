@@ -129,7 +129,7 @@ def router(service: Service, metrics: Metrics) -> APIRouter:  # noqa: C901  # a 
         tags=["Operate"],
         summary="Retry a failed, cancelled or expired job",
         description="It is ready again with a fresh budget of `max_retries`; `attempt` goes on counting.",
-        openapi_extra=answers(JobReply, "The job as it stands now.", "not_found", "wrong_state"),
+        openapi_extra=answers(JobReply, "The job as it stands now.", "not_found", "wrong_state", "duplicate"),
     )
     async def retry_job(job_id: JobId) -> Response:
         return json_response(JobReply.of(await service.operating.retry(job_id_of(job_id))))

@@ -33,6 +33,8 @@ CODES: Mapping[str, tuple[int, str]] = {
     "lease_lost": (409, "The lease does not stand any more"),
     "queue_not_empty": (409, "Jobs of the queue are kept"),
     "wrong_state": (409, "The job's state does not allow this"),
+    "duplicate": (409, "Another job holds the unique key"),
+    "idempotency_conflict": (409, "The Idempotency-Key stands for another request"),
     "body_too_large": (413, "The body is too large"),
     "payload_too_large": (413, "The payload is too large"),
     "unsupported_media_type": (415, "The body must be application/json"),

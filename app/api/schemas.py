@@ -29,8 +29,10 @@ from app.queue.model import (
     Job,
     JobRequest,
     LeasedJob,
+    OnConflict,
     Outcome,
     Progress,
+    Unique,
     UniqueScope,
     WorkError,
 )
@@ -43,6 +45,7 @@ TAGS_MAX = 20
 MESSAGE_BYTES_MAX = 4096
 STACK_BYTES_MAX = 16 * 1024
 PROGRESS_BYTES_MAX = 1024
+UNIQUE_KEY_LENGTH_MAX = 256
 LEASE_SECONDS_MIN = 0.5
 LEASE_SECONDS_MAX = 43_200
 DAY_SECONDS = 86_400
@@ -128,6 +131,42 @@ class BackoffBody(Struct, forbid_unknown_fields=True):
         )
 
 
+class UniqueBody(Struct, forbid_unknown_fields=True):
+    """A key that only one job of the queue may hold at a time."""
+
+    key: Annotated[str, Meta(min_length=1, max_length=UNIQUE_KEY_LENGTH_MAX)]
+    scope: Annotated[
+        UniqueScope,
+        Meta(
+            description=(
+                "how long the job holds it: `queued` until its first lease, `unfinished` until it ends, `window` for"
+                " `window_seconds` from its creation, whatever becomes of it"
+            )
+        ),
+    ] = UniqueScope.UNFINISHED
+    window_seconds: (
+        Annotated[float, Meta(gt=0, le=DELAY_SECONDS_MAX, description="with the scope `window` only")] | None
+    ) = None
+    on_conflict: Annotated[
+        OnConflict,
+        Meta(
+            description=(
+                "when another job holds the key: `return` that job, `reject` this one with 409, or `replace` that"
+                " one's fields by these while it waits, else return it"
+            )
+        ),
+    ] = OnConflict.RETURN
+
+    def to_unique(self) -> Unique:
+        """Translate it for the queue. Raises InvalidRequestError for what the schema can not say."""
+        _check_clean("unique.key", self.key)
+        if (self.window_seconds is not None) is not (self.scope is UniqueScope.WINDOW):
+            raise InvalidRequestError(
+                "unique.window_seconds", "goes with the scope `window`, and only with it"
+            )
+        return Unique(self.key, self.scope, self.window_seconds)
+
+
 class EnqueueBody(Struct, forbid_unknown_fields=True):
     """A job to store."""
 
@@ -156,6 +195,7 @@ class EnqueueBody(Struct, forbid_unknown_fields=True):
     timeout_seconds: TimeoutSeconds | None = None
     max_retries: MaxRetries | None = None
     backoff: BackoffBody | None = None
+    unique: UniqueBody | None = None
     tags: Annotated[list[Tag], Meta(max_length=TAGS_MAX, description="labels to filter by")] = []
     metadata: Annotated[Raw, Meta(description="a free object, up to 4 KiB")] | UnsetType = UNSET
 
@@ -199,6 +239,8 @@ class EnqueueBody(Struct, forbid_unknown_fields=True):
             timeout_seconds=self.timeout_seconds,
             max_retries=self.max_retries,
             backoff=NOTHING_NAMED if self.backoff is None else self.backoff.to_request(),
+            unique=None if self.unique is None else self.unique.to_unique(),
+            on_conflict=OnConflict.RETURN if self.unique is None else self.unique.on_conflict,
             tags=tuple(dict.fromkeys(self.tags)),
             metadata=metadata,
             # W3C Trace Context: what is malformed is ignored, never refused.
@@ -453,9 +495,16 @@ class JobReply(Struct):
     )
     progress: ProgressReply | None
     checkpoint: Annotated[Raw, Meta(description="what its worker last kept to go on from")] | None
+    duplicate: (
+        Annotated[Literal[True], Meta(description="of an enqueue only: the job was there before")] | UnsetType
+    ) = UNSET
+    replaced: (
+        Annotated[Literal[True], Meta(description="of an enqueue only: that job has these fields now")]
+        | UnsetType
+    ) = UNSET
 
     @classmethod
-    def of(cls, job: Job) -> "JobReply":
+    def of(cls, job: Job, *, duplicate: bool = False, replaced: bool = False) -> "JobReply":
         """Translate a job."""
         return cls(
             id=job.id,
@@ -494,6 +543,8 @@ class JobReply(Struct):
             source=_raw(job.source),
             progress=None if job.progress is None else ProgressReply(*job.progress),
             checkpoint=_raw(job.checkpoint),
+            duplicate=duplicate or UNSET,
+            replaced=replaced or UNSET,
         )
 
 

@@ -33,10 +33,11 @@ _ENCODER = msgspec.json.Encoder()
 class Call:
     """A request, as far as the handlers look at it."""
 
-    __slots__ = ("_scope", "headers")
+    __slots__ = ("_scope", "body", "headers")
 
     def __init__(self, scope: Scope) -> None:
         self._scope = scope
+        self.body = b""
         self.headers: dict[bytes, bytes] = dict(scope["headers"])
 
     @property
@@ -139,6 +140,7 @@ class Endpoint:
             body = b"{}"
         else:
             body = await read_body(call.headers, receive, self._body_bytes_max)
+        call.body = body
         reply = await self._handle(call, decode(self._decoder, body))
         await send(
             {

@@ -1,10 +1,12 @@
 """The producers' and workers' verbs: enqueue, lease, heartbeat, ack, fail, release. All thin routes."""
 
 from http import HTTPStatus
+from uuid import UUID
 
 from msgspec import UNSET
 
 from app.api import problems
+from app.api.idempotency import idempotency_key
 from app.api.schemas import (
     AckBody,
     EnqueueBody,
@@ -47,9 +49,13 @@ class Work:
         traceparent = call.headers.get(b"traceparent")
         wanted = body.to_request(None if traceparent is None else traceparent.decode("latin-1"))
         bounded("payload", wanted.payload, self._payload_bytes_max)
-        job = await self._service.enqueue(wanted)
-        location = (b"location", f"/jobs/{job.id}".encode())
-        return Reply(encode(JobReply.of(job)), 201, (location,))
+        key = idempotency_key(call, "/jobs")
+        if key is None and wanted.unique is None:
+            job = await self._service.enqueue(wanted)
+            return Reply(encode(JobReply.of(job)), 201, (_location(job.id),))
+        job, duplicate, replaced = await self._service.once.enqueue(wanted, key)
+        reply = JobReply.of(job, duplicate=duplicate, replaced=replaced)
+        return Reply(encode(reply), 200 if duplicate else 201, (_location(job.id),))
 
     async def lease(self, call: Call, body: LeaseBody) -> Reply:
         """Answer `POST /lease`: first settle, then lease."""
@@ -115,6 +121,10 @@ class Work:
         return Reply(encode(SettledReply(settled.state, settled.run_at)))
 
 
+def _location(job_id: UUID) -> tuple[bytes, bytes]:
+    return b"location", f"/jobs/{job_id}".encode()
+
+
 def operations(service: Service, payload_bytes_max: int) -> list[Operation]:
     """Return the thin routes."""
     work = Work(service, payload_bytes_max)
@@ -125,15 +135,21 @@ def operations(service: Service, payload_bytes_max: int) -> list[Operation]:
             name="enqueue",
             tag="Produce",
             summary="Enqueue a job",
-            description="The job is in the database, committed, before the answer is sent.",
+            description=(
+                "The job is in the database, committed, before the answer is sent. With `unique`, or with the header"
+                " `Idempotency-Key` (kept for 24 hours), a job that is there already is answered instead."
+            ),
             request=EnqueueBody,
             reply=JobReply,
-            statuses={201: "The job is stored; `Location` names it."},
-            problems=("payload_too_large",),
+            statuses={
+                200: "Another job stands for this one, and has `duplicate`; `Location` names it.",
+                201: "The job is stored; `Location` names it.",
+            },
+            problems=("not_found", "duplicate", "idempotency_conflict", "payload_too_large"),
             example={"queue": "emails", "type": "welcome", "payload": {"to": "a@example.com"}},
             handle=work.enqueue,
             busy=True,
-            headers=("traceparent",),
+            headers=("traceparent", "idempotency-key"),
         ),
         Operation(
             path="/lease",

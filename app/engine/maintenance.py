@@ -35,6 +35,8 @@ FOLD_BATCH = 10_000
 STEPS_PER_ROUND = 40
 """After so many full batches of one task the others have their turn."""
 
+FIRST_KEY = ("", "")
+
 OUTAGE_SECONDS_MIN = 5.0
 """The reaper's silence for less than this (or three rounds) is no outage."""
 OUTAGE_SECONDS_MAX = 300.0
@@ -97,6 +99,7 @@ class Maintenance(Component):
         self._days_due_at = 0.0
         self._reaping, self._expiring, self._promoting, self._folding = Reach(), Reach(), Reach(), Reach()
         self._folded_to = 0
+        self._swept_to = FIRST_KEY
         self._promoting_at = math.inf
         self._sooner = asyncio.Event()
 
@@ -109,6 +112,7 @@ class Maintenance(Component):
             "promote": self.promote,
             "fold": self.fold,
             "retain": self.retain,
+            "sweep": self.sweep,
             "days": self.days,
         }
 
@@ -201,6 +205,20 @@ class Maintenance(Component):
     async def retain(self) -> int:
         """Remove dead jobs whose retention has ended."""
         return await _while_full(lambda: self._jobs.retain_dead(self._keeping.dead_seconds, BATCH), BATCH)
+
+    async def sweep(self) -> int:
+        """Forget unique keys that nobody holds, and requests whose repeats nobody expects any more.
+
+        A round looks at one page of the unique keys, and goes on while most of what it finds can go.
+        """
+        swept = await _while_full(lambda: self._jobs.sweep_requests(BATCH), BATCH)
+        for _ in range(STEPS_PER_ROUND):
+            looked, removed, last = await self._jobs.sweep_keys(self._swept_to, BATCH)
+            self._swept_to = last if looked == BATCH else FIRST_KEY
+            swept += removed
+            if removed <= BATCH // 2:
+                break
+        return swept
 
     async def days(self) -> int:
         """Make the days ahead, and drop those of completed jobs and attempts whose retention has ended."""

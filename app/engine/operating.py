@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from uuid import UUID
 
 from app.engine.wakeup import Wakeups
-from app.queue.errors import JobNotFoundError, UnavailableError, WrongStateError
+from app.queue.errors import DuplicateJobError, JobNotFoundError, UnavailableError, WrongStateError
 from app.queue.events import CancelRequested, JobCancelled, JobDeleted, JobRetried, Observer
 from app.queue.lifecycle import CANCELLABLE, RETRIABLE, TERMINAL, State
 from app.queue.model import Job
@@ -35,8 +35,15 @@ class Operating:
         return await self._job(job_id)
 
     async def retry(self, job_id: UUID) -> Job:
-        """Bring a dead job back with a fresh budget."""
-        self._retried(await self._move(job_id, self._jobs.retry, "retried", RETRIABLE))
+        """Bring a dead job back with a fresh budget. Raises DuplicateJobError when another has its unique key."""
+
+        async def retry(job_ids: Sequence[UUID]) -> Sequence[Moved]:
+            moved, taken = await self._jobs.retry(job_ids)
+            if taken:
+                raise DuplicateJobError(taken[job_id])
+            return moved
+
+        self._retried(await self._move(job_id, retry, "retried", RETRIABLE))
         return await self._job(job_id)
 
     async def delete(self, job_id: UUID) -> None:

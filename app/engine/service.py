@@ -20,6 +20,7 @@ from app.engine.copies import Copies
 from app.engine.cursors import Cursors
 from app.engine.leasing import Claims, LeaseRequest
 from app.engine.maintenance import Keeping, Maintenance, copy_places, events_of, ready_places
+from app.engine.once import Once
 from app.engine.operating import Operating
 from app.engine.policies import Policies
 from app.engine.queues import Queues
@@ -171,6 +172,7 @@ class Service:
         self.workers = Workers(StoredWorkers(database, jobs.clock), self.copies, observer)
         self.copies.keep(WORKERS, self.workers.load)
         self.maintenance = Maintenance(jobs, self.wakeups, observer, keeping, maintenance_seconds)
+        self.once = Once(jobs, self._reads, observer, self.wakeups, self.maintenance, self._resolved)
 
     async def start(self) -> None:
         """Begin to listen for hints and to do maintenance; the copies must have been loaded."""
@@ -197,12 +199,16 @@ class Service:
         await self.streams.stop()
         for line in (self._enqueues, self._claims, self._acks, self._endings, self._heartbeats):
             await line.drained()
+        await self.once.drained()
         await self._owner.settle(GIVE_BACK_SECONDS_MAX)
         await self.wakeups.stop()
         await self.copies.stop()
 
     async def enqueue(self, request: JobRequest) -> Job:
-        """Store one job. Raises InvalidRequestError for what its queue does not take, or a deadline before it is due."""
+        """Store one job that has no unique key.
+
+        Raises InvalidRequestError for what its queue does not take, or a deadline before it is due.
+        """
         return await self._enqueues.submit(await self._resolved(request))
 
     async def lease(self, wanted: LeaseRequest, gone: "asyncio.Future[object]") -> Sequence[LeasedJob]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from typing import ClassVar
+from uuid import UUID
 
 from app.queue.lifecycle import State
 
@@ -69,6 +70,25 @@ class WrongStateError(QueueError):
     def __init__(self, state: State, verb: str) -> None:
         super().__init__(f"A job that is {state} can not be {verb}.")
         self.state = state
+
+
+class DuplicateJobError(QueueError):
+    """Another job holds the unique key, and the request does not want to give way to it. Nothing was changed."""
+
+    code = "duplicate"
+
+    def __init__(self, job_id: UUID | None = None) -> None:
+        super().__init__(f"{'Another job' if job_id is None else f'The job {job_id}'} holds this unique key.")
+        self.job_id = job_id
+
+
+class IdempotencyConflictError(QueueError):
+    """An earlier request had the same `Idempotency-Key` and another body. Nothing was changed."""
+
+    code = "idempotency_conflict"
+
+    def __init__(self) -> None:
+        super().__init__("This Idempotency-Key stands for an earlier request with another body.")
 
 
 class InvalidRequestError(QueueError):

@@ -29,6 +29,13 @@ class JobEnqueued(JobEvent):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class JobReplaced(JobEvent):
+    """A job that waits has taken the fields of a new one with the same unique key."""
+
+    state: State
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class JobLeased(JobEvent):
     """A worker took a job that had waited, ready, for `waited_seconds`."""
 
@@ -189,6 +196,8 @@ def told(event: QueueEvent) -> Happening | None:  # noqa: PLR0911  # one line a 
     match event:
         case JobEnqueued():
             return Happening("job.enqueued", event.state)
+        case JobReplaced():
+            return Happening("job.replaced", event.state)
         case JobLeased():
             return Happening("job.leased", State.ACTIVE)
         case JobProgressed():

@@ -29,6 +29,8 @@ class Event(StrEnum):
 
     PROMOTE = "promote"
     """Its run_at or its backoff has come."""
+    POSTPONE = "postpone"
+    """It gets a run_at in the future."""
     HOLD = "hold"
     """Its concurrency key's turn has not come."""
     ADMIT = "admit"
@@ -59,6 +61,7 @@ TRANSITIONS: Mapping[State, Mapping[Event, State]] = MappingProxyType(
         },
         State.READY: {
             Event.LEASE: State.ACTIVE,
+            Event.POSTPONE: State.SCHEDULED,
             Event.HOLD: State.HELD,
             Event.CANCEL: State.CANCELLED,
             Event.EXPIRE: State.EXPIRED,

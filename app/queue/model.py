@@ -71,6 +71,17 @@ class UniqueScope(StrEnum):
     """For `window_seconds` from its creation, whatever becomes of it, unless it is deleted."""
 
 
+class OnConflict(StrEnum):
+    """What a new job does whose unique key another one holds."""
+
+    RETURN = "return"
+    """It gives way: the holder is answered."""
+    REJECT = "reject"
+    """It is refused."""
+    REPLACE = "replace"
+    """A holder that no worker has at this moment takes its fields; otherwise it gives way."""
+
+
 class Unique(NamedTuple):
     """A key that only one job of a queue may hold at a time, and how long this job holds it."""
 
@@ -153,6 +164,7 @@ class JobRequest(NamedTuple):
     expires_in_seconds: float | None = None
     unique: Unique | None = None
     dead_letter_queue: str | None = None
+    on_conflict: OnConflict = OnConflict.RETURN
 
 
 class NewJob(NamedTuple):
@@ -181,6 +193,18 @@ class NewJob(NamedTuple):
     dead_letter_queue: str | None = None
     source: bytes | None = None
     """Of a dead letter's copy: where it came from, as JSON."""
+    on_conflict: OnConflict = OnConflict.RETURN
+    """What becomes of it when another job holds its unique key; not kept with it."""
+
+
+class IdempotencyKey(NamedTuple):
+    """What a client calls one of its requests, so that a repeat of it does nothing more."""
+
+    owner: str
+    """Whose it is: the keys of different clients do not meet."""
+    path: str
+    key: str
+    body_hash: bytes
 
 
 class Progress(NamedTuple):

@@ -74,6 +74,7 @@ def resolve(request: JobRequest, defaults: JobDefaults, job_id: UUID) -> NewJob:
         expires_in_seconds=expires_in_seconds,
         unique=request.unique,
         dead_letter_queue=dead_letter_queue,
+        on_conflict=request.on_conflict,
     )
 
 

@@ -215,6 +215,11 @@ def is_away(error: BaseException) -> bool:
     ) and not (isinstance(error, ValueError))
 
 
+def is_blocked(error: UnavailableError) -> bool:
+    """Whether a lock was waited for longer than it may be."""
+    return getattr(error.__cause__, "sqlstate", None) == "55P03"
+
+
 def _died_under_way(error: BaseException) -> bool:
     """Whether the error leaves open what happened: an answer of the server but for a farewell says «nothing»."""
     state = getattr(error, "sqlstate", None)
@@ -428,14 +433,18 @@ class Database:
 
         return await self._with_connection(run)
 
-    async def transact(self, work: "Callable[[Transaction], Awaitable[T]]") -> T:
+    async def transact(
+        self, work: "Callable[[Transaction], Awaitable[T]]", *, lock_seconds: float | None = None
+    ) -> T:
         """Run `work` in one transaction, committed when this returns. `work` may be run again: no effects of its own.
 
-        Raises UnavailableError, and what `work` raises.
+        It waits for each lock at most `lock_seconds`. Raises UnavailableError, and what `work` raises.
         """
 
         async def run(connection: Any) -> T:
             async with connection.transaction():
+                if lock_seconds is not None:
+                    await connection.execute(f"SET LOCAL lock_timeout = '{lock_seconds}s'")
                 return await work(Transaction(connection, self.schema))
 
         return await self._with_connection(run)

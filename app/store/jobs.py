@@ -47,6 +47,20 @@ from app.queue.model import (
     WorkError,
 )
 from app.store.database import Database, Transaction
+from app.store.once import (
+    IDEMPOTENCY_SECONDS,
+    Answered,
+    Call,
+    Duplicate,
+    Outcome,
+    Repeat,
+    Stored,
+    insert,
+    reclaim,
+    store_calls,
+    stored_job,
+    sweep_keys,
+)
 from app.store.partitions import Partitions
 
 REPLY_BYTES_MAX = 8 * 1024 * 1024
@@ -58,6 +72,9 @@ few, and more and more while others hold all that it saw."""
 
 BEGINNING = datetime(1970, 1, 1, tzinfo=UTC)
 END = datetime(9999, 1, 1, tzinfo=UTC)
+
+RECOVERIES_MAX = 3
+"""How often an enqueue of unknown outcome looks and tries again, before it says that it does not know."""
 
 LOOK_STRETCHES = 2000
 """A look goes over so many stretches in one statement."""
@@ -193,33 +210,56 @@ class Jobs:
         stored = [(job, found.get(job.id, rows[0])) for job in new]
         return [stored_job(job, row) for job, row in stored]
 
+    async def store(self, calls: Sequence[Call], *, lock_seconds: float | None = None) -> list[Answered]:
+        """Store what calls bring, in one transaction, each job once only where its call or itself has a key.
+
+        Where the connection dies at the COMMIT, looks what has come of it before it does anything again. Raises
+        UndoneError when an atomic call can not be stored whole: then nothing is.
+        """
+
+        async def work(transaction: Transaction, calls: Sequence[Call]) -> list[Answered]:
+            return await store_calls(transaction, self._clock(), calls)
+
+        async def attempt(calls: Sequence[Call]) -> list[Answered]:
+            return await self._database.transact(
+                lambda transaction: work(transaction, calls), lock_seconds=lock_seconds
+            )
+
+        try:
+            return await attempt(calls)
+        except UnavailableError as error:
+            if not error.outcome_unknown:
+                raise
+        for _ in range(RECOVERIES_MAX):
+            found = await self._found(calls)
+            try:
+                again = await attempt([_not_stored(call, found) for call in calls])
+            except asyncpg.UniqueViolationError:
+                # The first try was still under way at the server, and has come through meanwhile: look again.
+                continue
+            answers = [_with_stored(*each, found) for each in zip(calls, again, strict=True)]
+            if None not in answers:
+                return [answer for answer in answers if answer is not None]
+        message = "Whether these jobs are stored is not known; ask again with the same keys."
+        raise UnavailableError(message)
+
+    async def _found(self, calls: Sequence[Call]) -> dict[UUID, Job]:
+        """Return those jobs of the calls that are stored, as they were stored."""
+        ids = [job.id for call in calls for job in call.jobs if job is not None]
+        rows = {row["id"]: row for row in await self._database.fetch("stored", ids)}
+        # Where any is stored all have been decided: one without a key that is missing has been deleted since.
+        some = next(iter(rows.values()), None)
+        return {
+            job.id: stored_job(job, row)
+            for call in calls
+            for job in call.jobs
+            if job is not None
+            for row in [rows.get(job.id, some if job.unique is None and call.key is None else None)]
+            if row is not None
+        }
+
     async def _insert(self, runner: Database | Transaction, new: Sequence[NewJob]) -> list[Job]:
-        rows = await runner.fetch(
-            "enqueue",
-            self._clock(),
-            [job.id for job in new],
-            [job.queue for job in new],
-            [job.type for job in new],
-            [job.priority for job in new],
-            [job.run_at for job in new],
-            [job.delay_seconds for job in new],
-            [job.lease_seconds for job in new],
-            [job.timeout_seconds for job in new],
-            [job.max_retries for job in new],
-            [_backoff_text(job.backoff) for job in new],
-            [job.traceparent for job in new],
-            [json.dumps(job.tags) if job.tags else "[]" for job in new],
-            [job.metadata for job in new],
-            [job.payload for job in new],
-            [job.expires_at for job in new],
-            [job.expires_in_seconds for job in new],
-            [None if job.unique is None else job.unique.key for job in new],
-            [None if job.unique is None else job.unique.scope for job in new],
-            [None if job.unique is None else job.unique.window_seconds for job in new],
-            [job.dead_letter_queue for job in new],
-            [job.source for job in new],
-        )
-        return [stored_job(job, row) for job, row in zip(new, rows, strict=True)]
+        return await insert(runner, self._clock(), new)
 
     async def lease(self, stretches: Sequence[Stretch], slots: Sequence[Slot]) -> Claim:
         """Take ready jobs in these stretches, all of whole queues or all of types; one a slot, the first the first.
@@ -378,17 +418,42 @@ class Jobs:
         """
         return _moved(await self._database.fetch("cancel", self._clock(), job_ids))
 
-    async def retry(self, job_ids: Sequence[UUID], states: Collection[State] = RETRIABLE) -> list[Moved]:
-        """Make dead jobs in these states ready again, the first the first, each with a fresh retry budget."""
-        rows = await self._database.fetch("retry", self._clock(), job_ids, list(states))
-        return [
+    async def retry(
+        self, job_ids: Sequence[UUID], states: Collection[State] = RETRIABLE
+    ) -> tuple[list[Moved], dict[UUID, UUID]]:
+        """Make dead jobs in these states ready again, the first the first, each with a fresh retry budget.
+
+        Returns also those that stay where they are because another job has their unique key, each with that job.
+        """
+
+        async def work(transaction: Transaction) -> tuple[Sequence[Any], dict[UUID, UUID]]:
+            now = self._clock()
+            taken = await reclaim(transaction, now, job_ids, states)
+            free = [job_id for job_id in job_ids if job_id not in taken]
+            return await transaction.fetch("retry", now, free, list(states)) if free else [], taken
+
+        rows, taken = await self._database.transact(work)
+        moved = [
             moved._replace(place=Place(Line(moved.queue, moved.type), row["priority"], row["since"]))
             for moved, row in zip(_moved(rows), rows, strict=True)
         ]
+        return moved, taken
 
     async def delete(self, job_ids: Sequence[UUID], states: Collection[State] = TERMINAL) -> list[Moved]:
         """Remove terminal jobs in these states, and their attempts."""
         return _moved(await self._database.fetch("delete", job_ids, list(states)))
+
+    async def sweep_keys(self, after: tuple[str, str], limit: int) -> tuple[int, int, tuple[str, str]]:
+        """Remove unique keys that nobody holds; return how many were looked at and removed, and the last one."""
+        return await self._database.transact(
+            lambda transaction: sweep_keys(transaction, self._clock(), after, limit)
+        )
+
+    async def sweep_requests(self, limit: int) -> int:
+        """Forget up to `limit` requests of each kind whose repeats nobody expects any more; return how many."""
+        rows = await self._database.fetch("sweep_requests", self._clock(), limit, IDEMPOTENCY_SECONDS)
+        swept: int = rows[0]["count"]
+        return swept
 
     async def survive_outage(self, longer_than_seconds: float, at_most_seconds: float) -> int:
         """Note that the reaper is at work, and first give leases back what an outage took; return how many."""
@@ -558,6 +623,39 @@ class Jobs:
         return await write()
 
 
+def _not_stored(call: Call, found: Mapping[UUID, Job]) -> Call:
+    """Return what is to be asked again of a call: all where its key guards it, else what has not been stored."""
+    if call.key is not None:
+        return call
+    left = [None if job is None or job.id in found else job for job in call.jobs]
+    return Call(left, atomic=call.atomic and left == call.jobs)
+
+
+def _with_stored(call: Call, again: Answered, found: Mapping[UUID, Job]) -> Answered | None:
+    """Return what came of a call, of both tries; None when the first one has come through since it was looked for."""
+    match again:
+        case Repeat(ids):
+            own = {job.id for job in call.jobs if job is not None and job.id in ids}
+            if not own:
+                return again
+            outcomes: list[Outcome | None] = [None if id_ is None else Duplicate(id_) for id_ in ids]
+        case list():
+            own = {
+                job.id
+                for job, outcome in zip(call.jobs, again, strict=True)
+                if job is not None and isinstance(outcome, Duplicate) and outcome.job_id == job.id
+            }
+            outcomes = again
+        case _:
+            return again
+    if not own <= found.keys():
+        return None
+    return [
+        Stored(found[job.id]) if job is not None and job.id in found else outcome
+        for job, outcome in zip(call.jobs, outcomes, strict=True)
+    ]
+
+
 def _columns(stretches: Sequence[Stretch]) -> tuple[list[str], list[int], list[datetime], list[datetime]]:
     return (
         [
@@ -607,34 +705,6 @@ def job_of(row: Any) -> Job:
         source=row["source"],
         progress=_progress(row),
         checkpoint=row.get("checkpoint"),
-    )
-
-
-def stored_job(job: NewJob, row: Any) -> Job:
-    """Return a new job as it stands right after it was stored, with the instants that the database gave it."""
-    created_at, run_at = row["created_at"], row["run_at"]
-    return Job(
-        id=job.id,
-        queue=job.queue,
-        type=job.type,
-        state=State.READY if run_at <= created_at else State.SCHEDULED,
-        payload=job.payload,
-        priority=job.priority,
-        attempt=0,
-        budget_start=0,
-        max_retries=job.max_retries,
-        backoff=job.backoff,
-        lease_seconds=job.lease_seconds,
-        timeout_seconds=job.timeout_seconds,
-        tags=job.tags,
-        metadata=job.metadata,
-        traceparent=job.traceparent,
-        created_at=created_at,
-        run_at=run_at,
-        expires_at=row["expires_at"],
-        unique=job.unique,
-        dead_letter_queue=job.dead_letter_queue,
-        source=job.source,
     )
 
 
@@ -713,11 +783,6 @@ def _progress(row: Any) -> Progress | None:
 
 def _tags(text: str) -> tuple[str, ...]:
     return () if text == "[]" else tuple(json.loads(text))
-
-
-@lru_cache(maxsize=256)
-def _backoff_text(backoff: Backoff) -> str:
-    return json.dumps(asdict(backoff))
 
 
 @lru_cache(maxsize=256)

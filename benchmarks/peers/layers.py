@@ -20,7 +20,7 @@ from app.api.protocol import Protocol
 from app.main import GARBAGE_THRESHOLD, build
 from app.queue.model import Job, NewJob
 from app.settings import Settings
-from app.store.jobs import stored_job
+from app.store.once import stored_job
 
 CANNED = b"{" + b" " * 600 + b"}"
 HEADERS = [(b"content-type", b"application/json"), (b"content-length", str(len(CANNED)).encode())]

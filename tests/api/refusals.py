@@ -14,7 +14,20 @@ from tests.conftest import Replica, World
 
 LEASE_ID = "7f3d2c52-7a4e-4a2b-9d6e-0d8b2a2f6c11"
 JSON = {"Content-Type": "application/json"}
-TABLES = ("jobs", "ready", "scheduled", "held", "leases", "dead", "history", "attempts", "notes", "deltas")
+TABLES = (
+    "jobs",
+    "ready",
+    "scheduled",
+    "held",
+    "leases",
+    "dead",
+    "history",
+    "attempts",
+    "notes",
+    "deltas",
+    "unique_keys",
+    "idempotency_keys",
+)
 
 
 def problem(answer: httpx.Response, code: str) -> dict[str, Any]:

@@ -181,7 +181,7 @@ class Checked:
         """Call a documented operation; `job_id` or `name` fills the path, `json` or `content` is the body."""
         job_id, name = values.pop("job_id", ""), values.pop("name", "")
         if "json" in values:
-            values = {"content": json.dumps(values["json"]), "headers": JSON}
+            values = {"content": json.dumps(values["json"]), "headers": JSON | values.get("headers", {})}
         answer = await self._http.request(
             method, path.replace("{job_id}", job_id).replace("{name}", name) + query, **values
         )
@@ -279,6 +279,22 @@ async def direct_workers(call: Checked) -> None:
         await call("GET", "/workers", query)
 
 
+async def once(call: Checked) -> None:
+    """Enqueue what may be there only once, and ask for it again."""
+    unique = {
+        "queue": "once",
+        "unique": {"key": "k", "scope": "window", "window_seconds": 60, "on_conflict": "replace"},
+    }
+    keyed: dict[str, Any] = {"json": unique, "headers": {"Idempotency-Key": "k"}}
+    job = await call("POST", "/jobs", **keyed)
+    await call("POST", "/jobs", json=unique)
+    await call("POST", "/jobs", json={"queue": "once", "unique": {"key": "k", "on_conflict": "reject"}})
+    await call("POST", "/jobs", **keyed | {"json": {"queue": "once"}})
+    await call("POST", "/jobs/{job_id}/cancel", job_id=job["id"])
+    await call("DELETE", "/jobs/{job_id}", job_id=job["id"])
+    await call("POST", "/jobs", **keyed)
+
+
 async def look(call: Checked, job_ids: list[str]) -> None:
     """Read all that can be read, then delete what can be deleted."""
     for job_id in job_ids:
@@ -309,6 +325,7 @@ async def test_what_is_really_answered_is_what_is_documented(world: World, docum
     job_ids = await live(call)
     await run_queues(call)
     await direct_workers(call)
+    await once(call)
     await look(call, job_ids)
     await misuse(call, document, job_ids[-1])
     queue.machine.service.drain()

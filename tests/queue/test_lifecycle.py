@@ -26,6 +26,7 @@ LEGAL = {
     ("scheduled", "cancel"): "cancelled",
     ("scheduled", "expire"): "expired",
     ("ready", "lease"): "active",
+    ("ready", "postpone"): "scheduled",
     ("ready", "hold"): "held",
     ("ready", "cancel"): "cancelled",
     ("ready", "expire"): "expired",

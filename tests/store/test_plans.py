@@ -376,12 +376,34 @@ class TestOperating:
         assert plan.rows == (1 if seeded.ready else 0)
 
     async def test_retry_and_delete_look_their_job_up(self, databases: dict[str, Seeded], seeded: Seeded):
-        empty = databases["empty_never_analysed"]
-        for values in (
-            await asked(empty, lambda jobs: jobs.retry([uuid4()])),
-            await asked(empty, lambda jobs: jobs.delete([uuid4()])),
+        delete = await asked(databases["empty_never_analysed"], lambda jobs: jobs.delete([uuid4()]))
+        (await seeded.explain_text(*delete)).assert_reads_only_what_it_takes(0)
+        (await seeded.explain("dead_keys", None, [uuid4()], ["failed"])).assert_reads_only_what_it_takes(0)
+        (await seeded.explain("retry", None, [uuid4()], ["failed"])).assert_reads_only_what_it_takes(0)
+
+    async def test_unique_keys_and_calls_are_looked_up(self, seeded: Seeded):
+        queues, keys, ids = ["q"] * BATCH, [f"k{n}" for n in range(BATCH)], [uuid4() for _ in range(BATCH)]
+        scopes, nothing, owners, hashes = ["unfinished"] * BATCH, [None] * BATCH, [""] * BATCH, [b""] * BATCH
+        for name, *values in (
+            ("key_holders", None, queues, keys),
+            ("give_keys", None, queues, keys, ids, scopes, nothing, nothing),
+            ("lock_keys", "", "", BATCH),
+            ("drop_keys", queues, keys),
+            ("earlier_calls", None, owners, queues, keys, 86_400.0),
+            ("keep_calls", None, owners, queues, keys, hashes, ["{}"] * BATCH),
+            ("sweep_requests", None, BATCH, 86_400.0),
         ):
-            (await seeded.explain_text(*values)).assert_reads_only_what_it_takes(0)
+            (await seeded.explain(name, *values)).assert_reads_only_what_it_takes(BATCH)
+
+    async def test_a_replacement_looks_its_job_up(self, seeded: Seeded):
+        for place in ("ready", "scheduled"):
+            [job_id] = seeds(place, 1)
+            plan = await seeded.explain(
+                "replace", None, [job_id], ["t"], [5], [None], [None], [30.0], [None], [3], ["{}"], [None], ["[]"],
+                [b"{}"], [b"null"], [None], [None], ["unfinished"], [None], [None],
+            )  # fmt: skip
+            plan.assert_reads_only_what_it_takes(1)
+            assert plan.rows == (1 if seeded.ready else 0)
 
 
 class TestMaintaining:
