@@ -39,6 +39,7 @@ from app.queue.events import (
     JobPromoted,
     JobReplaced,
     JobRetried,
+    LeasesReplayed,
     MaintenanceFailed,
     MaintenanceRan,
     Observer,
@@ -134,6 +135,9 @@ class Metrics:
         self._expired = self._counter(
             "leaseq_jobs_expired", "Jobs that no worker took before their start deadline", "queue"
         )
+        self._replays = self._counter(
+            "leaseq_lease_replays", "Leases asked for again by their request_id, and handed out again"
+        )
         self._waits = Histogram(
             "leaseq_lease_wait_seconds",
             "From ready to leased",
@@ -196,6 +200,8 @@ class Metrics:
                 self._cancelled.labels(self._queue(event.queue)).inc()
             case JobExpired():
                 self._expired.labels(self._queue(event.queue)).inc()
+            case LeasesReplayed():
+                self._replays.inc()
             case MaintenanceRan():
                 self._maintenance.labels(event.task).observe(event.took_seconds)
             case StreamReset():
@@ -419,6 +425,8 @@ class EventLog:
                 self._log.warning("queue_purged", queue=event.queue, removed=event.removed)
             case QueueChanged():
                 self._log.info("queue_changed", queue=event.queue, change=event.change)
+            case LeasesReplayed():
+                self._log.info("leases_replayed", worker=event.worker, leases=event.leases)
             case WorkerDirected():
                 self._log.info("worker_directed", worker=event.worker, directive=event.directive)
             case MaintenanceRan(changed=changed) if changed:

@@ -40,6 +40,7 @@ CREATE INDEX idempotency_keys_by_age ON idempotency_keys (created_at);
 CREATE TABLE lease_requests (
     owner TEXT NOT NULL,
     request_id TEXT NOT NULL,
+    job_ids UUID[] NOT NULL,
     lease_ids UUID[] NOT NULL,
     delivery INTEGER NOT NULL,
     created_at TIMESTAMP WITH TIME ZONE NOT NULL,

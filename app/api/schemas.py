@@ -399,6 +399,18 @@ class LeaseBody(Struct, forbid_unknown_fields=True):
         ),
     ] = 20
     lease_seconds: Annotated[LeaseSeconds, Meta(description="instead of what each job says")] | None = None
+    request_id: (
+        Annotated[
+            str,
+            Meta(
+                min_length=1,
+                max_length=128,
+                pattern="^[ -~]*$",
+                description="a name of your choice, in ASCII: the same again gets the same leases, as far as they stand",
+            ),
+        ]
+        | None
+    ) = None
     settle: (
         Annotated[Items, Meta(description="what came of earlier jobs, as in /settle: committed first")] | None
     ) = None
@@ -411,6 +423,9 @@ class LeaseBody(Struct, forbid_unknown_fields=True):
             check_name("types", type_)
         if self.worker is not None:
             _check_clean("worker", self.worker)
+        if self.request_id is not None:
+            # The schema's `$` lets a line break at the end pass.
+            _check_clean("request_id", self.request_id)
         if len(self.queues) * len(self.types or [""]) > LINES_MAX:
             raise InvalidRequestError("types", f"queues times types may be at most {LINES_MAX}")
         return LeaseRequest(
@@ -420,6 +435,7 @@ class LeaseBody(Struct, forbid_unknown_fields=True):
             max_jobs=self.max_jobs,
             wait_seconds=self.wait_seconds,
             lease_seconds=self.lease_seconds,
+            request_id=self.request_id,
         )
 
 

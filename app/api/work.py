@@ -159,7 +159,8 @@ def operations(service: Service, payload_bytes_max: int) -> list[Operation]:
             description=(
                 "Waits up to `wait_seconds` for the first job, then answers at once with what there is: at most"
                 " `max_jobs`, higher priority first, then those that became ready first. Nobody else gets these jobs"
-                " until their leases end. When the caller goes away before its answer, nothing is leased."
+                " until their leases end. When the caller goes away before its answer, nothing is leased. Asked again with"
+                " the same `request_id` it answers the same leases, as far as they stand."
             ),
             request=LeaseBody,
             reply=LeaseReply,

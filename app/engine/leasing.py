@@ -10,10 +10,9 @@ from uuid_utils.compat import uuid4
 
 from app.engine.batching import Batcher
 from app.engine.cursors import Cursors
-from app.store.jobs import BEGINNING, Claim, Jobs, Line, Slot
+from app.store.jobs import NOTHING, Claim, Jobs, Line, RequestName, Slot
 
 JOBS_PER_CLAIM = 1000
-NOTHING = Claim([], contended=False, claimed_at=BEGINNING)
 """What there is in queues that are all paused."""
 
 
@@ -26,6 +25,8 @@ class LeaseRequest(NamedTuple):
     max_jobs: int = 1
     wait_seconds: float = 20.0
     lease_seconds: float | None = None
+    request_id: str | None = None
+    """Its name: asked again under it, a worker gets the same leases."""
 
     @property
     def lines(self) -> set[Line]:
@@ -54,14 +55,16 @@ class Claims:
 
     async def claim(self, wanted: LeaseRequest) -> Claim:
         """Take up to `max_jobs` that are ready now. Raises UnavailableError."""
-        kind = (wanted.queues, wanted.types)
+        # A named one shares no claim: it is a transaction of its own. Twins of it take turns.
+        named = wanted.request_id is not None
+        kind = wanted.request_id if named else (wanted.queues, wanted.types)
         batcher = self._batchers.get(kind)
         if batcher is None:
             batcher = self._batchers[kind] = Batcher(
-                self._take,
+                self._take_named if named else self._take,
                 weight=lambda request: request.max_jobs,
                 orphaned=self._orphaned,
-                batch_max=JOBS_PER_CLAIM,
+                batch_max=1 if named else JOBS_PER_CLAIM,
             )
         try:
             return await batcher.submit(wanted)
@@ -69,20 +72,32 @@ class Claims:
             if batcher.idle and self._batchers.get(kind) is batcher:
                 del self._batchers[kind]
 
+    async def replay(self, request_id: str) -> Claim:
+        """Return the leases that stand under this name; take none. Raises UnavailableError."""
+        return await self._jobs.lease_named(RequestName(request_id), (), ())
+
     async def drained(self) -> None:
         """Wait until everything in line has been taken, also for those who have gone."""
         for batcher in list(self._batchers.values()):
             await batcher.drained()
 
+    async def _take_named(self, requests: Sequence[LeaseRequest]) -> list[Claim]:
+        [request] = requests
+        name = RequestName(request.request_id or "")
+        lines = self._open_lines(request)
+        if not lines:
+            return [await self.replay(name.request_id)]
+        with self._cursors.claiming(lines) as look:
+            claim = await self._jobs.lease_named(name, look.stretches, _slots(request))
+            if claim.delivery is None or not claim.delivery.is_replay:
+                look.found(claim)
+        return [claim]
+
     async def _take(self, requests: Sequence[LeaseRequest]) -> list[Claim]:
-        paused = self._paused()
-        lines = [line for line in requests[0].lines if line.queue not in paused]
+        lines = self._open_lines(requests[0])
         if not lines:
             return [NOTHING for _ in requests]
-        room = [
-            [Slot(uuid4(), request.lease_seconds, request.worker) for _ in range(request.max_jobs)]
-            for request in requests
-        ]
+        room = [_slots(request) for request in requests]
         slots = [slot for each in room for slot in each]
         with self._cursors.claiming(lines) as look:
             claim = await self._jobs.lease(look.stretches, slots)
@@ -93,3 +108,11 @@ class Claims:
             taken = [by_lease[slot.lease_id] for slot in each if slot.lease_id in by_lease]
             answers.append(Claim(taken, claim.contended and not taken, claim.claimed_at))
         return answers
+
+    def _open_lines(self, request: LeaseRequest) -> list[Line]:
+        paused = self._paused()
+        return [line for line in request.lines if line.queue not in paused]
+
+
+def _slots(request: LeaseRequest) -> list[Slot]:
+    return [Slot(uuid4(), request.lease_seconds, request.worker) for _ in range(request.max_jobs)]

@@ -35,6 +35,7 @@ from app.queue.events import (
     JobEnqueued,
     JobLeased,
     JobProgressed,
+    LeasesReplayed,
     Observer,
 )
 from app.queue.lifecycle import State, summed_up
@@ -146,7 +147,7 @@ class Service:
             jobs,
             self._cursors,
             lambda: self.policies.paused,
-            lambda claim: self._owner.spawn(self._give_back(claim.jobs)),
+            lambda claim: self._owner.spawn(self._give_back(claim)),
         )
         self._acks = Batcher(self._grouped(jobs.ack), weight=_weight, key=_job_id, told=self._note)
         self._endings = Batcher(self._grouped(jobs.conclude), key=_job_id, told=self._note)
@@ -230,9 +231,28 @@ class Service:
         lines = wanted.lines if self.workers.may_lease(wanted.worker) else ()
         with self.wakeups.waiting(lines) as waiter, self.workers.attending(wanted.worker, waiter):
             if not lines:
-                await waiter.called(until, gone)
-                return []
-            return await self._lease(wanted, waiter, until, gone)
+                # What it holds already it may be told again.
+                return await self._replayed(wanted, gone) or await self._sit_out(waiter, until, gone)
+            leased = await self._lease(wanted, waiter, until, gone)
+            if not leased and wanted.wait_seconds > 0:
+                # Another process may have leased for a twin of it meanwhile.
+                return await self._replayed(wanted, gone)
+            return leased
+
+    async def _replayed(self, wanted: LeaseRequest, gone: "asyncio.Future[object]") -> Sequence[LeasedJob]:
+        """Return what stands under the request's name, if it has one."""
+        if wanted.request_id is None or gone.done():
+            return []
+        claim = await self._claims.replay(wanted.request_id)
+        if claim.jobs:
+            self._observer.on(LeasesReplayed(worker=wanted.worker, leases=len(claim.jobs)))
+        return claim.jobs
+
+    async def _sit_out(
+        self, waiter: Waiter, until: float, gone: "asyncio.Future[object]"
+    ) -> Sequence[LeasedJob]:
+        await waiter.called(until, gone)
+        return []
 
     async def _lease(
         self, wanted: LeaseRequest, waiter: Waiter, until: float, gone: "asyncio.Future[object]"
@@ -383,8 +403,11 @@ class Service:
     async def _claim(self, wanted: LeaseRequest, gone: "asyncio.Future[object]") -> Claim:
         claim = await self._claims.claim(wanted)
         if gone.done():
-            await self._give_back(claim.jobs)
+            await self._give_back(claim)
             return Claim([], contended=False, claimed_at=claim.claimed_at)
+        if claim.delivery is not None and claim.delivery.is_replay:
+            self._observer.on(LeasesReplayed(worker=wanted.worker, leases=len(claim.jobs)))
+            return claim
         for job in claim.jobs:
             self._observer.on(
                 JobLeased(
@@ -398,11 +421,18 @@ class Service:
             )
         return claim
 
-    async def _give_back(self, leased: Sequence[LeasedJob]) -> None:
-        """Release jobs that nobody is there to take."""
-        if leased:
-            answers = await self._jobs.conclude([released(job.id, job.lease_id, 0) for job in leased])
-            self._tell(answers.values())
+    async def _give_back(self, claim: Claim) -> None:
+        """Release jobs that nobody is there to take. Leases that were handed out before, or again, stand."""
+        endings = [released(job.id, job.lease_id, 0) for job in claim.jobs]
+        if not endings:
+            return
+        if claim.delivery is None:
+            answers = await self._jobs.conclude(endings)
+        elif claim.delivery.is_replay:
+            return
+        else:
+            answers = await self._jobs.take_back(claim.delivery, endings)
+        self._tell(answers.values())
 
     async def _settle_one(self, word: Word) -> Said | None:
         batcher, write = self._way_of(word)

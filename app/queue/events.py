@@ -126,6 +126,14 @@ class QueuePurged:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LeasesReplayed:
+    """A worker asked again under a request's name, and got the leases that it has already."""
+
+    worker: str | None
+    leases: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerDirected:
     """Someone told a worker to go on, to take no more jobs, or to end."""
 
@@ -162,7 +170,14 @@ class MaintenanceFailed:
 
 
 QueueEvent = (
-    JobEvent | QueueChanged | QueuePurged | WorkerDirected | StreamReset | MaintenanceRan | MaintenanceFailed
+    JobEvent
+    | QueueChanged
+    | QueuePurged
+    | WorkerDirected
+    | LeasesReplayed
+    | StreamReset
+    | MaintenanceRan
+    | MaintenanceFailed
 )
 
 

@@ -97,6 +97,22 @@ class Slot(NamedTuple):
     worker: str | None
 
 
+class RequestName(NamedTuple):
+    """The name that a worker gave a request for a lease, and whose names these are."""
+
+    request_id: str
+    owner: str = ""
+
+
+class Delivery(NamedTuple):
+    """Which handing out of a named request's leases this is."""
+
+    name: RequestName
+    number: int
+    is_replay: bool
+    """Whether they were handed out before."""
+
+
 class Claim(NamedTuple):
     """What a lease statement took."""
 
@@ -106,6 +122,19 @@ class Claim(NamedTuple):
     claimed_at: datetime
     passed: Sequence[tuple[int, datetime]] = ()
     """The priority, and the instant since when it is ready, of the first job at each priority seen but not taken."""
+    delivery: Delivery | None = None
+    """Of a named request's leases."""
+
+
+NOTHING = Claim([], contended=False, claimed_at=BEGINNING)
+
+
+class _NothingLeasedError(Exception):
+    """Takes a transaction back in which nothing was leased."""
+
+    def __init__(self, claim: Claim) -> None:
+        super().__init__()
+        self.claim = claim
 
 
 class Line(NamedTuple):
@@ -266,29 +295,89 @@ class Jobs:
 
         Where the connection dies at the COMMIT, looks for what was leased; the claim itself is never repeated.
         """
-        lease_ids = [slot.lease_id for slot in slots]
+        try:
+            return await self._lease(self._database, stretches, slots)
+        except UnavailableError as error:
+            if not error.outcome_unknown:
+                raise
+            rows = await self._database.fetch("leased", [slot.lease_id for slot in slots])
+            if not rows:
+                raise
+            return Claim([_leased(row) for row in rows], contended=True, claimed_at=await self.now())
+
+    async def lease_named(
+        self, name: RequestName, stretches: Sequence[Stretch], slots: Sequence[Slot]
+    ) -> Claim:
+        """Take jobs as `lease` does, under a name: the same name again gets the same leases, as far as they stand.
+
+        Where none does it takes new ones; without slots, none. Nothing is kept of a name that got nothing. Where the
+        connection dies at the COMMIT it asks again: what was taken is found under the name.
+        """
+
+        async def work(transaction: Transaction) -> Claim:
+            [request] = await transaction.fetch("lease_request", self._clock(), name.owner, name.request_id)
+            delivery = Delivery(name, request["delivery"], is_replay=bool(request["job_ids"]))
+            if delivery.is_replay:
+                rows = await transaction.fetch("standing", request["job_ids"], request["lease_ids"])
+                if rows:
+                    leased = [_leased(row) for row in rows]
+                    return Claim(leased, contended=False, claimed_at=BEGINNING, delivery=delivery)
+            claim = NOTHING
+            if stretches and slots:
+                claim = await self._lease(transaction, stretches, slots)
+            if not claim.jobs:
+                raise _NothingLeasedError(claim)
+            await transaction.fetch(
+                "keep_leases",
+                self._clock(),
+                name.owner,
+                name.request_id,
+                [job.id for job in claim.jobs],
+                [job.lease_id for job in claim.jobs],
+            )
+            return claim._replace(delivery=delivery._replace(is_replay=False))
+
+        async def write() -> Claim:
+            try:
+                return await self._database.transact(work)
+            except _NothingLeasedError as nothing:
+                return nothing.claim
+
+        try:
+            return await write()
+        except UnavailableError as error:
+            if not error.outcome_unknown:
+                raise
+        return await write()
+
+    async def take_back(self, delivery: Delivery, endings: Sequence[Ending]) -> dict[UUID, Verdict]:
+        """End the attempts of a named request, as `conclude` does, unless they were handed out once more meanwhile."""
+
+        async def work(transaction: Transaction) -> dict[UUID, Verdict]:
+            last = await transaction.fetch("last_delivery", delivery.name.owner, delivery.name.request_id)
+            if [row["delivery"] for row in last] != [delivery.number]:
+                return {}
+            return await self._conclude(transaction, endings)
+
+        return await self._keeping(lambda: self._database.transact(work))
+
+    async def _lease(
+        self, runner: Database | Transaction, stretches: Sequence[Stretch], slots: Sequence[Slot]
+    ) -> Claim:
         leased: list[LeasedJob] = []
         for slack in CLAIM_SLACKS:
-            try:
-                rows = await self._database.fetch(
-                    "lease",
-                    self._clock(),
-                    *_columns(stretches),
-                    len(slots),
-                    slack,
-                    lease_ids,
-                    [slot.lease_seconds for slot in slots],
-                    [slot.worker for slot in slots],
-                    REPLY_BYTES_MAX,
-                    line=_LINE[stretches[0].line.type is None],
-                )
-            except UnavailableError as error:
-                if not error.outcome_unknown:
-                    raise
-                rows = await self._database.fetch("leased", lease_ids)
-                if not rows:
-                    raise
-                return Claim([_leased(row) for row in rows], contended=True, claimed_at=await self.now())
+            rows = await runner.fetch(
+                "lease",
+                self._clock(),
+                *_columns(stretches),
+                len(slots),
+                slack,
+                [slot.lease_id for slot in slots],
+                [slot.lease_seconds for slot in slots],
+                [slot.worker for slot in slots],
+                REPLY_BYTES_MAX,
+                line=_LINE[stretches[0].line.type is None],
+            )
             leased = [_leased(row) for row in rows if row["id"] is not None]
             seen: int = rows[0]["seen"]
             if leased or seen < len(slots) + slack:

@@ -322,6 +322,7 @@ lease_requests = Table(
     metadata,
     Column("owner", Text, primary_key=True),
     Column("request_id", Text, primary_key=True),
+    Column("job_ids", ARRAY(Uuid), nullable=False),
     Column("lease_ids", ARRAY(Uuid), nullable=False),
     # How often the leases were handed out: who would take them back must know of the last time.
     Column("delivery", Integer, nullable=False),

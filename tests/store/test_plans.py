@@ -307,6 +307,11 @@ class TestLease:
         assert any(scan[1:] == ("ready", 1) for scan in rare.scans())
         assert rare.buffers <= 1.5 * common.buffers
 
+    async def test_a_replay_looks_its_leases_up(self, seeded: Seeded):
+        plan = await seeded.explain("standing", seeds("leases"), tokens())
+        plan.assert_reads_only_what_it_takes(BATCH)
+        assert plan.rows == (BATCH if seeded.ready else 0)
+
 
 class TestSettling:
     async def test_an_ack_looks_its_jobs_up(self, seeded: Seeded):
