@@ -39,6 +39,10 @@ unit: .venv/.dev ## The tests alone
 pooler: .venv/.dev system-tools ## The API's tests again, through PgBouncer in transaction mode
 	LEASEQ_TEST_POOLER=1 $(BIN)/python -m pytest -q -n $(JOBS) tests/api
 
+MINUTES ?= 20
+model: .venv/.dev ## Drive the service against the plain model with new steps, for MINUTES=20
+	MODEL_MINUTES=$(MINUTES) $(BIN)/python -m pytest -q tests/system/test_model.py
+
 demo: .venv/.dev ## Three workers in three languages digest a tree of files; one is killed on the way
 	$(BIN)/python -m examples.demo
 

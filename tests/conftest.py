@@ -166,6 +166,8 @@ class World:
     on_time: bool = False
     """Whether replicas promote a delayed job at the instant when it is due; else it waits for `maintain`, however slow
     the machine is that runs the test."""
+    by_hand: bool = False
+    """Whether nothing at all is maintained but by `maintain`, not even when a replica starts."""
 
     def settings(self, **overrides: Any) -> Settings:
         wanted: dict[str, Any] = {
@@ -205,9 +207,10 @@ class World:
     @asynccontextmanager
     async def _replica(self, **overrides: Any) -> AsyncIterator[Replica]:
         events = Recorder()
-        async with running(
-            build(self.settings(**overrides), clock=self.clock, observers=[events])
-        ) as machine:
+        machine = build(self.settings(**overrides), clock=self.clock, observers=[events])
+        if self.by_hand:
+            machine.service.maintenance._run = asyncio.Event().wait  # type: ignore[method-assign,assignment]
+        async with running(machine):
             if not self.on_time:
                 # Like maintenance, by hand.
                 machine.service.workers.write_seconds = NEVER_SECONDS
