@@ -15,12 +15,12 @@ import uvicorn
 from app.api.app import Api, create_api
 from app.api.operate import show_process
 from app.api.protocol import Protocol
-from app.engine.maintenance import Keeping
 from app.engine.service import Service
 from app.engine.streams import Streams
 from app.engine.watching import Watching
 from app.queue.errors import UnavailableError
 from app.queue.events import Observer
+from app.queue.model import Keeping
 from app.settings import Settings
 from app.store.database import Database
 from app.store.jobs import Jobs

@@ -41,7 +41,7 @@ def create_api(service: Service, metrics: Metrics, *, body_bytes_max: int, paylo
     app.include_router(queues.router(service))
     app.include_router(dead_letters.router(service))
     app.include_router(workers.router(service))
-    problems.install(app)
+    problems.install(app, lambda: (service.policies.shortest, service.policies.longest))
     app.add_middleware(Unexpected)
     _instrument(app, metrics)
     app.openapi = lambda: _document(app, thin)  # type: ignore[method-assign]  # FastAPI's documented way

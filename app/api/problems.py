@@ -1,7 +1,7 @@
 """Every error as `application/problem+json` (RFC 9457), with a stable code."""
 
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from http import HTTPStatus
 
 import msgspec
@@ -15,12 +15,14 @@ from starlette.routing import Match
 from app.api.schemas import FieldProblem, Problem
 from app.queue.errors import (
     InvalidRequestError,
+    JobNotFoundError,
     LeaseLostError,
     QueueError,
     UnavailableError,
     WrongStateError,
 )
 from app.queue.lifecycle import State
+from app.queue.model import Keeping
 
 MEDIA_TYPE = "application/problem+json"
 TYPE_PREFIX = "urn:leaseq:problem:"
@@ -110,11 +112,40 @@ def _response(given: Problem, headers: Mapping[str, str] | None = None) -> Respo
     return Response(msgspec.json.encode(given), given.status, headers, MEDIA_TYPE)
 
 
-def install(app: FastAPI) -> None:
-    """Let every error of `app` become a problem."""
+def install(app: FastAPI, retention: Callable[[], tuple[Keeping, Keeping]]) -> None:
+    """Let every error of `app` become a problem; `retention` is the shortest and the longest that jobs are kept."""
+
+    async def job_not_found(request: Request, error: Exception) -> Response:
+        detail = f"{error} {retention_told(*retention())}"
+        return _response(problem(request.state.request_id, JobNotFoundError.code, detail))
+
+    app.add_exception_handler(JobNotFoundError, job_not_found)
     app.add_exception_handler(QueueError, _queue_error)
     app.add_exception_handler(RequestValidationError, _validation_error)
     app.add_exception_handler(HTTPException, _http_error)
+
+
+def retention_told(shortest: Keeping, longest: Keeping) -> str:
+    """Say how long jobs are kept, to whom one is missing."""
+    completed = _span(shortest.completed_seconds, longest.completed_seconds)
+    dead = _span(shortest.dead_seconds, longest.dead_seconds)
+    return (
+        f"After its end a job is kept for a while, here {completed} when it was completed,"
+        f" {dead} when it failed, was cancelled or expired."
+    )
+
+
+def _span(shortest: float, longest: float) -> str:
+    if shortest == longest:
+        return _duration(longest)
+    return f"{_duration(shortest)} to {_duration(longest)} (as its queue says)"
+
+
+def _duration(seconds: float) -> str:
+    for unit, length in (("days", 86_400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * length and seconds % length == 0:
+            return f"{seconds // length:g} {unit}"
+    return f"{seconds:g} seconds"
 
 
 async def _queue_error(request: Request, error: Exception) -> Response:

@@ -10,9 +10,9 @@ import random
 import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
+from app.engine.retention import Retention
 from app.engine.running import Component
 from app.engine.wakeup import Wakeups
 from app.queue.events import (
@@ -52,14 +52,6 @@ PROMOTE_PAUSE_SECONDS = 0.005
 """The least time between two promotions: a job that others hold or promote must not make a loop that never rests."""
 
 
-@dataclass(frozen=True, slots=True)
-class Keeping:
-    """How long ended jobs are kept, in seconds."""
-
-    completed_seconds: float
-    dead_seconds: float
-
-
 class Reach:
     """How far back a task looks: at what has come lately, and over everything at first and now and then.
 
@@ -88,13 +80,13 @@ class Maintenance(Component):
     """Runs the tasks of this process, round after round."""
 
     def __init__(
-        self, jobs: Jobs, wakeups: Wakeups, observer: Observer, keeping: Keeping, every_seconds: float
+        self, jobs: Jobs, wakeups: Wakeups, observer: Observer, retention: Retention, every_seconds: float
     ) -> None:
         super().__init__()
         self._jobs = jobs
         self._wakeups = wakeups
         self._observer = observer
-        self._keeping = keeping
+        self._retention = retention
         self._every_seconds = every_seconds
         self._days_due_at = 0.0
         self._reaping, self._expiring, self._promoting, self._folding = Reach(), Reach(), Reach(), Reach()
@@ -203,8 +195,8 @@ class Maintenance(Component):
         return folded
 
     async def retain(self) -> int:
-        """Remove dead jobs whose retention has ended."""
-        return await _while_full(lambda: self._jobs.retain_dead(self._keeping.dead_seconds, BATCH), BATCH)
+        """Remove jobs whose retention has ended, row by row."""
+        return await self._retention.rows()
 
     async def sweep(self) -> int:
         """Forget unique keys that nobody holds, and requests whose repeats nobody expects any more.
@@ -226,8 +218,7 @@ class Maintenance(Component):
             return 0
         # Also when it fails: the urgent tasks must not wait for its next try in every round.
         self._days_due_at = time.monotonic() + DAYS_EVERY_SECONDS
-        longest = max(self._keeping.completed_seconds, self._keeping.dead_seconds)
-        return await self._jobs.retain_days(self._keeping.completed_seconds, longest)
+        return await self._retention.days()
 
     def expect(self, due_seconds: float) -> None:
         """Note that a delayed job is due in so many seconds: it is promoted then, not a round later."""

@@ -19,11 +19,12 @@ from app.engine.batching import Batcher
 from app.engine.copies import Copies
 from app.engine.cursors import Cursors
 from app.engine.leasing import Claims, LeaseRequest
-from app.engine.maintenance import Keeping, Maintenance, copy_places, events_of, ready_places
+from app.engine.maintenance import Maintenance, copy_places, events_of, ready_places
 from app.engine.once import Once
 from app.engine.operating import Operating
 from app.engine.policies import Policies
 from app.engine.queues import Queues
+from app.engine.retention import Retention
 from app.engine.running import TaskOwner
 from app.engine.streams import Streams
 from app.engine.wakeup import Waiter, Wakeups
@@ -52,6 +53,7 @@ from app.queue.model import (
     JobDefaults,
     JobFilter,
     JobRequest,
+    Keeping,
     LeasedJob,
     NewJob,
     Settled,
@@ -65,6 +67,7 @@ from app.store.jobs import BEGINNING, Claim, Jobs, Line, Place
 from app.store.queues import TOPIC as QUEUES
 from app.store.queues import StoredQueues
 from app.store.reads import Reads, WorkerSeen
+from app.store.retained import Retained
 from app.store.workers import TOPIC as WORKERS
 from app.store.workers import StoredWorkers
 
@@ -142,7 +145,7 @@ class Service:
         self._enqueues = Batcher(self._store, weight=_weight, told=self._stored)
         self._cursors = Cursors()
         stored = StoredQueues(database)
-        self.policies = Policies(stored, defaults, strict=not create_queues)
+        self.policies = Policies(stored, defaults, keeping, strict=not create_queues)
         self._claims = Claims(
             jobs,
             self._cursors,
@@ -172,7 +175,13 @@ class Service:
         self.operating = Operating(jobs, self._reads, observer, self.wakeups)
         self.workers = Workers(StoredWorkers(database, jobs.clock), self.copies, observer)
         self.copies.keep(WORKERS, self.workers.load)
-        self.maintenance = Maintenance(jobs, self.wakeups, observer, keeping, maintenance_seconds)
+        self.maintenance = Maintenance(
+            jobs,
+            self.wakeups,
+            observer,
+            Retention(jobs, Retained(database), self.policies),
+            maintenance_seconds,
+        )
         self.once = Once(jobs, self._reads, observer, self.wakeups, self.maintenance, self._resolved)
 
     async def start(self) -> None:
@@ -476,7 +485,9 @@ class Service:
         return answer
 
     async def _load_policies(self) -> None:
-        if await self.policies.load():
+        resumed = await self.policies.load()
+        self._jobs.keeping_no_payload = self.policies.keeping_no_payload
+        if resumed:
             # Who waits at a queue that goes on has heard nothing of what became ready there meanwhile.
             self.wakeups.look_soon()
 

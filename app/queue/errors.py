@@ -19,7 +19,9 @@ class JobNotFoundError(QueueError):
     code = "not_found"
 
     def __init__(self) -> None:
-        super().__init__("There is no such job. It may have been deleted, or its retention has ended.")
+        super().__init__(
+            "There is no such job: it was never stored, or has been deleted, or its retention has ended."
+        )
 
 
 class QueueNotFoundError(QueueError):

@@ -136,6 +136,14 @@ class QueuePolicy(JobPolicy):
     """Whether completed jobs keep their payload, tags and metadata."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Keeping:
+    """How long jobs are kept that have ended, in seconds: completed ones; failed, cancelled and expired ones."""
+
+    completed_seconds: float
+    dead_seconds: float
+
+
 class Queue(NamedTuple):
     """A queue that somebody has given a policy, or paused."""
 

@@ -3,6 +3,7 @@
 The store locks the rows, asks here, and writes the answer; no statement decides by itself what becomes of a job.
 """
 
+from collections.abc import Iterable
 from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import TypeVar
@@ -20,6 +21,7 @@ from app.queue.model import (
     JobDefaults,
     JobPolicy,
     JobRequest,
+    Keeping,
     Lease,
     NewJob,
     Outcome,
@@ -96,6 +98,24 @@ def defaults_of(policy: QueuePolicy, type_: str, environment: JobDefaults) -> Jo
     defaults = _under(policy, environment)
     named = policy.types.get(type_)
     return defaults if named is None else _under(named, defaults)
+
+
+def keeping_of(policy: QueuePolicy, environment: Keeping) -> Keeping:
+    """Return how long a queue keeps its jobs that have ended."""
+    completed, dead = policy.retention_seconds, policy.dead_retention_seconds
+    return Keeping(
+        completed_seconds=environment.completed_seconds if completed is None else completed,
+        dead_seconds=environment.dead_seconds if dead is None else dead,
+    )
+
+
+def spread(keepings: Iterable[Keeping]) -> tuple[Keeping, Keeping]:
+    """Return the shortest of each, and the longest of each."""
+    completed, dead = zip(*((each.completed_seconds, each.dead_seconds) for each in keepings), strict=True)
+    return (
+        Keeping(completed_seconds=min(completed), dead_seconds=min(dead)),
+        Keeping(completed_seconds=max(completed), dead_seconds=max(dead)),
+    )
 
 
 def check_policy(name: str, policy: QueuePolicy) -> None:

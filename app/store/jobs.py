@@ -62,6 +62,7 @@ from app.store.once import (
     sweep_keys,
 )
 from app.store.partitions import Partitions
+from app.store.schema import BODY_COLUMNS
 
 REPLY_BYTES_MAX = 8 * 1024 * 1024
 """A lease reply stops at this much payload, so that its reader and ours need not hold more at once."""
@@ -85,6 +86,15 @@ _LINE = {True: "r.queue", False: "(r.queue || '/' || r.type)"}
 # What an ack returns: the job, or as much of it as events tell of.
 _WHOLE = "done.*, 'completed' AS state, NULL AS reason"
 _DONE = "id, queue, type, worker, attempt, started_at, finished_at"
+
+# What an ack puts into the history: the body, less what its queue does not keep.
+_LEFT_BEHIND = {"payload": "'null'::bytea", "tags": "'[]'::jsonb", "metadata": "'{}'::bytea"}
+_KEPT = ", ".join(
+    f"CASE WHEN body.queue = ANY ($5::text[]) THEN {_LEFT_BEHIND[column]} ELSE body.{column} END"
+    if column in _LEFT_BEHIND
+    else f"body.{column}"
+    for column in BODY_COLUMNS
+)
 
 T = TypeVar("T")
 
@@ -202,6 +212,8 @@ class Jobs:
         self._database = database
         self._partitions = Partitions(database)
         self._clock = clock
+        self.keeping_no_payload: Sequence[str] = ()
+        """The queues whose completed jobs leave payload, tags and metadata behind."""
 
     @property
     def clock(self) -> Callable[[], datetime | None]:
@@ -598,6 +610,8 @@ class Jobs:
             [ack.job_id for ack in ordered],
             [ack.lease_id for ack in ordered],
             [ack.result for ack in ordered],
+            self.keeping_no_payload,
+            kept=_KEPT,
             or_pass=_or_pass(wait),
             shown=_WHOLE if whole else _DONE,
         )

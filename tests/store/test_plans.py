@@ -16,7 +16,7 @@ from uuid_utils.compat import uuid7
 
 from app.engine.cursors import Cursors
 from app.store.database import HOT_SETTINGS, Database, statement
-from app.store.jobs import BEGINNING, CLAIM_SLACKS, END, Jobs, Line
+from app.store.jobs import _KEPT, BEGINNING, CLAIM_SLACKS, END, Jobs, Line
 from tests.conftest import TEMPLATE, _recreate, with_database
 from tests.store import conftest as store
 
@@ -315,8 +315,8 @@ class TestLease:
 
 class TestSettling:
     async def test_an_ack_looks_its_jobs_up(self, seeded: Seeded):
-        ack = statement("ack", "leaseq", shown="*")
-        plan = await seeded.explain_text(ack, None, seeds("leases"), tokens(), [b"1"] * BATCH)
+        ack = statement("ack", "leaseq", shown="*", kept=_KEPT)
+        plan = await seeded.explain_text(ack, None, seeds("leases"), tokens(), [b"1"] * BATCH, ["q"])
         plan.assert_reads_only_what_it_takes(BATCH)
         assert plan.rows == (BATCH if seeded.ready else 0)
 

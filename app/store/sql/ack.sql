@@ -1,5 +1,6 @@
 -- Finish jobs: the lease named is the fence. No row comes back for a lease that does not stand any more; nor for one
--- whose job has got its first note since this statement began, which can not see it: the caller asks again.
+-- whose job has got its first note since this statement began, which can not see it: the caller asks again. Of some
+-- queues ($5) history keeps no payload, tags or metadata.
 WITH held AS MATERIALIZED (
   SELECT mine.*, t.result, t.place
     FROM unnest($2::uuid[], $3::uuid[], $4::bytea[]) WITH ORDINALITY AS t(id, lease_id, result, place)
@@ -22,7 +23,7 @@ WITH held AS MATERIALIZED (
 ), done AS (
   INSERT INTO {schema}.history
          ({body}, lease_id, attempt, last_error, worker, started_at, finished_at, result)
-  SELECT {body.}, lease.lease_id, lease.attempt, note.last_error, lease.worker, lease.leased_at,
+  SELECT {kept}, lease.lease_id, lease.attempt, note.last_error, lease.worker, lease.leased_at,
          coalesce($1::timestamptz, now()), lease.result
     FROM lease
     JOIN body ON body.id = lease.id
