@@ -27,10 +27,12 @@ from prometheus_client.process_collector import ProcessCollector
 from app.engine.running import Component
 from app.queue.events import (
     AttemptEnded,
+    BulkRan,
     CancelRequested,
     JobCancelled,
     JobCompleted,
     JobDeleted,
+    JobEdited,
     JobEnqueued,
     JobEvent,
     JobExpired,
@@ -138,6 +140,7 @@ class Metrics:
         self._replays = self._counter(
             "leaseq_lease_replays", "Leases asked for again by their request_id, and handed out again"
         )
+        self._bulk = self._counter("leaseq_bulk_jobs", "Jobs changed by calls for many at a time", "verb")
         self._waits = Histogram(
             "leaseq_lease_wait_seconds",
             "From ready to leased",
@@ -202,6 +205,8 @@ class Metrics:
                 self._expired.labels(self._queue(event.queue)).inc()
             case LeasesReplayed():
                 self._replays.inc()
+            case BulkRan():
+                self._bulk.labels(event.verb.value).inc(event.changed)
             case MaintenanceRan():
                 self._maintenance.labels(event.task).observe(event.took_seconds)
             case StreamReset():
@@ -381,6 +386,7 @@ _PLAIN_LINES: dict[type[QueueEvent], tuple[int, str]] = {
     CancelRequested: (logging.INFO, "job_cancel_requested"),
     JobCancelled: (logging.INFO, "job_cancelled"),
     JobDeleted: (logging.INFO, "job_deleted"),
+    JobEdited: (logging.INFO, "job_edited"),
     JobExpired: (logging.INFO, "job_expired"),
     JobProgressed: (logging.DEBUG, "job_progressed"),
     JobPromoted: (logging.DEBUG, "job_promoted"),
@@ -429,6 +435,15 @@ class EventLog:
                 self._log.info("leases_replayed", worker=event.worker, leases=event.leases)
             case WorkerDirected():
                 self._log.info("worker_directed", worker=event.worker, directive=event.directive)
+            case BulkRan():
+                self._log.info(
+                    "bulk_ran",
+                    verb=event.verb,
+                    matched=event.matched,
+                    changed=event.changed,
+                    finished=event.finished,
+                    took_seconds=round(event.took_seconds, 3),
+                )
             case MaintenanceRan(changed=changed) if changed:
                 self._log.debug("maintenance_ran", task=event.task, changed=changed)
             case MaintenanceFailed():

@@ -7,7 +7,7 @@ from fastapi.routing import APIRoute
 from prometheus_fastapi_instrumentator import Instrumentator
 from prometheus_fastapi_instrumentator.metrics import Info
 
-from app.api import dead_letters, openapi, operate, problems, queues, watch, work, workers
+from app.api import changing, dead_letters, openapi, operate, problems, queues, watch, work, workers
 from app.api.front import Front, Unexpected
 from app.api.thin import ThinRoute
 from app.engine.service import Service
@@ -33,7 +33,11 @@ def create_api(service: Service, metrics: Metrics, *, body_bytes_max: int, paylo
     one_bytes_max = min(body_bytes_max, payload_bytes_max + ENVELOPE_BYTES_MAX)
     thin = [
         ThinRoute(operation, body_bytes_max if operation.takes_many else one_bytes_max)
-        for operation in (*work.operations(service, payload_bytes_max), *queues.operations(service))
+        for operation in (
+            *work.operations(service, payload_bytes_max),
+            *queues.operations(service),
+            *changing.operations(service, payload_bytes_max),
+        )
     ]
     app.router.routes[:0] = thin
     app.include_router(operate.router(service, metrics))

@@ -5,6 +5,7 @@ double can hold comes back as it was sent.
 """
 
 import re
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Annotated, Literal
 from uuid import UUID
@@ -101,6 +102,11 @@ LeaseId = Annotated[str, Meta(description="the token that the lease reply carrie
 
 
 def priority_of(priority: Priority | None) -> int | None:
+    """Return a priority as a number, if there is one."""
+    return None if priority is None else number_of(priority)
+
+
+def number_of(priority: Priority) -> int:
     """Return a priority as a number."""
     return PRIORITIES[priority] if isinstance(priority, str) else priority
 
@@ -159,7 +165,7 @@ class UniqueBody(Struct, forbid_unknown_fields=True):
 
     def to_unique(self) -> Unique:
         """Translate it for the queue. Raises InvalidRequestError for what the schema can not say."""
-        _check_clean("unique.key", self.key)
+        check_clean("unique.key", self.key)
         if (self.window_seconds is not None) is not (self.scope is UniqueScope.WINDOW):
             raise InvalidRequestError(
                 "unique.window_seconds", "goes with the scope `window`, and only with it"
@@ -221,19 +227,12 @@ class EnqueueBody(Struct, forbid_unknown_fields=True):
         check_name("type", self.type)
         if self.dead_letter_queue is not None:
             check_name("dead_letter_queue", self.dead_letter_queue)
-        for tag in self.tags:
-            _check_clean("tags", tag)
-        metadata = b"{}" if self.metadata is UNSET else bytes(self.metadata)
-        if not metadata.startswith(b"{"):
-            raise InvalidRequestError("metadata", "must be an object")
-        if len(metadata) > METADATA_BYTES_MAX:
-            raise InvalidRequestError("metadata", f"must have at most {METADATA_BYTES_MAX} bytes")
         return JobRequest(
             queue=self.queue,
             type=self.type,
             payload=b"null" if self.payload is UNSET else bytes(self.payload),
             priority=priority_of(self.priority),
-            run_at=None if self.run_at is None else _utc("run_at", self.run_at),
+            run_at=None if self.run_at is None else in_utc("run_at", self.run_at),
             delay_seconds=self.delay_seconds,
             lease_seconds=self.lease_seconds,
             timeout_seconds=self.timeout_seconds,
@@ -241,11 +240,11 @@ class EnqueueBody(Struct, forbid_unknown_fields=True):
             backoff=NOTHING_NAMED if self.backoff is None else self.backoff.to_request(),
             unique=None if self.unique is None else self.unique.to_unique(),
             on_conflict=OnConflict.RETURN if self.unique is None else self.unique.on_conflict,
-            tags=tuple(dict.fromkeys(self.tags)),
-            metadata=metadata,
+            tags=tags_of(self.tags),
+            metadata=b"{}" if self.metadata is UNSET else metadata_of(self.metadata),
             # W3C Trace Context: what is malformed is ignored, never refused.
             traceparent=traceparent if traceparent and TRACEPARENT.fullmatch(traceparent) else None,
-            expires_at=None if self.expires_at is None else _utc("expires_at", self.expires_at),
+            expires_at=None if self.expires_at is None else in_utc("expires_at", self.expires_at),
             expires_in_seconds=self.expires_in_seconds,
             dead_letter_queue=self.dead_letter_queue,
         )
@@ -422,10 +421,10 @@ class LeaseBody(Struct, forbid_unknown_fields=True):
         for type_ in self.types or ():
             check_name("types", type_)
         if self.worker is not None:
-            _check_clean("worker", self.worker)
+            check_clean("worker", self.worker)
         if self.request_id is not None:
             # The schema's `$` lets a line break at the end pass.
-            _check_clean("request_id", self.request_id)
+            check_clean("request_id", self.request_id)
         if len(self.queues) * len(self.types or [""]) > LINES_MAX:
             raise InvalidRequestError("types", f"queues times types may be at most {LINES_MAX}")
         return LeaseRequest(
@@ -782,12 +781,31 @@ def is_clean(text: str) -> bool:
     return not _CONTROL.search(text)
 
 
-def _check_clean(field: str, text: str) -> None:
+def check_clean(field: str, text: str) -> None:
+    """Raise InvalidRequestError for control characters."""
     if not is_clean(text):
         raise InvalidRequestError(field, "must not contain control characters")
 
 
-def _utc(field: str, instant: datetime) -> datetime:
+def tags_of(tags: Sequence[str]) -> tuple[str, ...]:
+    """Return a job's tags, each once. Raises InvalidRequestError."""
+    for tag in tags:
+        check_clean("tags", tag)
+    return tuple(dict.fromkeys(tags))
+
+
+def metadata_of(raw: Raw) -> bytes:
+    """Return a job's metadata. Raises InvalidRequestError when it is no object, or too large."""
+    metadata = bytes(raw)
+    if not metadata.startswith(b"{"):
+        raise InvalidRequestError("metadata", "must be an object")
+    if len(metadata) > METADATA_BYTES_MAX:
+        raise InvalidRequestError("metadata", f"must have at most {METADATA_BYTES_MAX} bytes")
+    return metadata
+
+
+def in_utc(field: str, instant: datetime) -> datetime:
+    """Return an instant in UTC. Raises InvalidRequestError for one that is out of reach."""
     try:
         moment = instant.astimezone(UTC)
     except OverflowError:

@@ -74,11 +74,18 @@ class Policies:
         Raises InvalidRequestError where its queue, or that of its dead letters, takes none.
         """
         job = resolve(request, self.defaults(request.queue, request.type), job_id)
-        if self._strict:
-            self._check_known("queue", job.queue)
-            if job.dead_letter_queue is not None:
-                self._check_known("dead_letter_queue", job.dead_letter_queue)
+        self.check_known("queue", job.queue)
+        if job.dead_letter_queue is not None:
+            self.check_known("dead_letter_queue", job.dead_letter_queue)
         return job
+
+    def check_known(self, field: str, queue: str) -> None:
+        """Raise InvalidRequestError where this queue takes no jobs because it has no policy."""
+        if self._strict and queue not in self._queues:
+            raise InvalidRequestError(
+                field,
+                f"there is no queue {queue}, and this service makes none by itself: PUT /queues/{queue} does",
+            )
 
     def defaults(self, queue: str, type_: str) -> JobDefaults:
         """Return what a job of this queue and type gets where it names nothing."""
@@ -91,10 +98,3 @@ class Policies:
         if found is None:
             found = self._defaults[place] = defaults_of(known.policy, type_, self._environment)
         return found
-
-    def _check_known(self, field: str, name: str) -> None:
-        if name not in self._queues:
-            raise InvalidRequestError(
-                field,
-                f"there is no queue {name}, and this service makes none by itself: PUT /queues/{name} does",
-            )

@@ -172,7 +172,14 @@ class Service:
         self.copies = Copies(stored.change_numbers, self.wakeups.tell_change)
         self.copies.keep(QUEUES, self._load_policies)
         self.queues = Queues(stored, self.copies, observer, jobs.now, self.oldest_ready_seconds)
-        self.operating = Operating(jobs, self._reads, observer, self.wakeups)
+        self.operating = Operating(
+            jobs,
+            self._reads,
+            observer,
+            self.wakeups,
+            self.policies,
+            lambda seconds: self.maintenance.expect(seconds),  # noqa: PLW0108  # made later
+        )
         self.workers = Workers(StoredWorkers(database, jobs.clock), self.copies, observer)
         self.copies.keep(WORKERS, self.workers.load)
         self.maintenance = Maintenance(

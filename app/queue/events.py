@@ -90,6 +90,11 @@ class JobRetried(JobEvent):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class JobEdited(JobEvent):
+    """An operator changed fields of a job that no worker had."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class JobDeleted(JobEvent):
     """Someone deleted a terminal job."""
 
@@ -169,6 +174,28 @@ class MaintenanceFailed:
     error: str
 
 
+class BulkVerb(StrEnum):
+    """What operators do to many jobs at a time."""
+
+    RETRY = "retry"
+    CANCEL = "cancel"
+    DELETE = "delete"
+    UPDATE = "update"
+    REDRIVE = "redrive"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BulkRan:
+    """One call for many jobs was answered: how many matched, and how many it changed."""
+
+    verb: BulkVerb
+    matched: int
+    changed: int
+    finished: bool
+    """Whether it has seen all; else its caller may go on from where it ended."""
+    took_seconds: float
+
+
 QueueEvent = (
     JobEvent
     | QueueChanged
@@ -178,6 +205,7 @@ QueueEvent = (
     | StreamReset
     | MaintenanceRan
     | MaintenanceFailed
+    | BulkRan
 )
 
 

@@ -452,8 +452,9 @@ class Worker:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobFilter:
-    """Which jobs a listing wants; an empty tuple or None asks for all."""
+    """Which jobs a listing or a bulk verb wants; an empty tuple or None asks for all."""
 
+    ids: tuple[UUID, ...] = ()
     states: tuple[State, ...] = ()
     queues: tuple[str, ...] = ()
     types: tuple[str, ...] = ()

@@ -19,6 +19,7 @@ import asyncpg
 from uuid_utils.compat import uuid7
 
 from app.queue.dead_letters import Copy, copy_of
+from app.queue.editing import Editable, Edited
 from app.queue.errors import UnavailableError
 from app.queue.groups import error_group
 from app.queue.lifecycle import RETRIABLE, TERMINAL, State
@@ -55,6 +56,7 @@ from app.store.once import (
     Outcome,
     Repeat,
     Stored,
+    backoff_text,
     insert,
     reclaim,
     store_calls,
@@ -195,6 +197,8 @@ class Moved(NamedTuple):
     type: str
     state: State
     place: Place | None = None
+    due_in_seconds: float | None = None
+    """In how many seconds it is to be ready, if it is delayed now."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -540,6 +544,27 @@ class Jobs:
         ]
         return moved, taken
 
+    async def edit(
+        self, job_ids: Sequence[UUID], decide: Callable[[Editable, datetime], Edited | None]
+    ) -> list[Moved]:
+        """Change jobs that no worker has, each as `decide` says (None: not at all). Raises what it raises.
+
+        Returns those changed, with the states they had and where they stand.
+        """
+
+        async def work(transaction: Transaction) -> list[Moved]:
+            places = {row["id"]: row for row in await transaction.fetch("lock_places", sorted(job_ids))}
+            if not places:
+                return []
+            rows = await transaction.fetch("editable", self._clock(), list(places))
+            decided = [decide(_editable(row, places[row["id"]]), row["now"]) for row in rows]
+            edited = [each for each in decided if each is not None]
+            if not edited:
+                return []
+            return _edited(await transaction.fetch("edit", self._clock(), *_edit_columns(edited)))
+
+        return await self._database.transact(work)
+
     async def delete(self, job_ids: Sequence[UUID], states: Collection[State] = TERMINAL) -> list[Moved]:
         """Remove terminal jobs in these states, and their attempts."""
         return _moved(await self._database.fetch("delete", job_ids, list(states)))
@@ -859,6 +884,54 @@ def _lease(row: asyncpg.Record) -> Lease:
 
 def _moved(rows: Sequence[asyncpg.Record]) -> list[Moved]:
     return [Moved(row["id"], row["queue"], row["type"], State(row["state"])) for row in rows]
+
+
+def _editable(row: asyncpg.Record, place: asyncpg.Record) -> Editable:
+    return Editable(
+        id=row["id"],
+        queue=row["queue"],
+        state=State(place["state"]),
+        attempt=place["attempt"],
+        type=row["type"],
+        priority=row["priority"],
+        run_at=row["run_at"],
+        lease_seconds=row["lease_seconds"],
+        timeout_seconds=row["timeout_seconds"],
+        max_retries=row["max_retries"],
+        backoff=_backoff(row["backoff"]),
+        expires_at=row["expires_at"],
+        dead_letter_queue=row["dead_letter_queue"],
+    )
+
+
+def _edit_columns(edited: Sequence[Edited]) -> list[list[Any]]:
+    return [
+        [job.id for job in edited],
+        [job.type for job in edited],
+        [job.priority for job in edited],
+        [job.due_at for job in edited],
+        [job.lease_seconds for job in edited],
+        [job.timeout_seconds for job in edited],
+        [job.max_retries for job in edited],
+        [backoff_text(job.backoff) for job in edited],
+        [None if job.tags is None else json.dumps(job.tags) for job in edited],
+        [job.metadata for job in edited],
+        [job.payload for job in edited],
+        [job.expires_at for job in edited],
+        [job.dead_letter_queue for job in edited],
+    ]
+
+
+def _edited(rows: Sequence[asyncpg.Record]) -> list[Moved]:
+    return [
+        moved._replace(
+            place=Place(Line(moved.queue, moved.type), row["priority"], row["since"])
+            if row["state_now"] == State.READY
+            else None,
+            due_in_seconds=row["due_in_seconds"],
+        )
+        for moved, row in zip(_moved(rows), rows, strict=True)
+    ]
 
 
 def _error_text(error: WorkError) -> bytes:

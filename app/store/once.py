@@ -111,7 +111,7 @@ async def insert(runner: Database | Transaction, now: datetime | None, new: Sequ
         [job.lease_seconds for job in new],
         [job.timeout_seconds for job in new],
         [job.max_retries for job in new],
-        [_backoff_text(job.backoff) for job in new],
+        [backoff_text(job.backoff) for job in new],
         [job.traceparent for job in new],
         [_tags_text(job.tags) for job in new],
         [job.metadata for job in new],
@@ -418,7 +418,7 @@ def _fields(jobs: Sequence[NewJob]) -> list[list[Any]]:
         [job.lease_seconds for job in jobs],
         [job.timeout_seconds for job in jobs],
         [job.max_retries for job in jobs],
-        [_backoff_text(job.backoff) for job in jobs],
+        [backoff_text(job.backoff) for job in jobs],
         [job.traceparent for job in jobs],
         [_tags_text(job.tags) for job in jobs],
         [job.metadata for job in jobs],
@@ -461,5 +461,6 @@ def _tags_text(tags: tuple[str, ...]) -> str:
 
 
 @lru_cache(maxsize=256)
-def _backoff_text(backoff: Backoff) -> str:
+def backoff_text(backoff: Backoff) -> str:
+    """Return a backoff as it is stored."""
     return json.dumps(asdict(backoff))

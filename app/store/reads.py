@@ -153,6 +153,36 @@ class Reads:
         more = bool(rows) and rows[0]["found"] > len(rows)
         return page, page[-1].id if more else None
 
+    async def ids(
+        self, wanted: JobFilter, limit: int, *, after: UUID | None = None, until: UUID | None = None
+    ) -> list[UUID]:
+        """Return the ids of up to `limit` jobs, the oldest first, behind `after` and up to `until`."""
+        heads = self._ids(wanted, after, until)
+        first = [head.order_by(text("id")).limit(limit).subquery() for head in heads]
+        merged = union_all(*(select(head) for head in first)).subquery()
+        rows = await self._all(select(merged).order_by(merged.c.id).limit(limit))
+        return [row["id"] for row in rows]
+
+    async def newest_id(self, wanted: JobFilter, after: UUID | None = None) -> UUID | None:
+        """Return the id of the newest job behind `after`; None when there is none."""
+        heads = self._ids(wanted, after, None)
+        last = [head.order_by(text("id DESC")).limit(1).subquery() for head in heads]
+        merged = union_all(*(select(head) for head in last)).subquery()
+        rows = await self._all(select(merged).order_by(merged.c.id.desc()).limit(1))
+        return rows[0]["id"] if rows else None
+
+    def _ids(self, wanted: JobFilter, after: UUID | None, until: UUID | None) -> list[Select[Any]]:
+        places = _places(frozenset(wanted.states), ended_after=wanted.created_after)
+        found = []
+        for job in (place.subquery() for place in places):
+            conditions = _conditions(job, wanted)
+            if after is not None:
+                conditions.append(job.c.id > after)
+            if until is not None:
+                conditions.append(job.c.id <= until)
+            found.append(select(job.c.id).where(*conditions))
+        return found
+
     async def attempts(self, job_id: UUID) -> list[Attempt]:
         """Return the attempts of the job that are still kept, the running one included, oldest first.
 
@@ -417,9 +447,16 @@ def _shown(found: FromClause) -> list[ColumnElement[Any]]:
 
 def _filtered(place: Select[Any], wanted: JobFilter, before: UUID | None) -> Select[Any]:
     job = place.subquery()
-    conditions: list[ColumnElement[bool]] = []
+    conditions = _conditions(job, wanted)
     if before is not None:
         conditions.append(job.c.id < before)
+    return select(job).where(*conditions)
+
+
+def _conditions(job: FromClause, wanted: JobFilter) -> list[ColumnElement[bool]]:
+    conditions: list[ColumnElement[bool]] = []
+    if wanted.ids:
+        conditions.append(job.c.id.in_(wanted.ids))
     if wanted.queues:
         conditions.append(job.c.queue.in_(wanted.queues))
     if wanted.types:
@@ -435,4 +472,4 @@ def _filtered(place: Select[Any], wanted: JobFilter, before: UUID | None) -> Sel
         conditions.append(job.c.created_at > wanted.created_after)
     if wanted.created_before is not None:
         conditions.append(job.c.created_at < wanted.created_before)
-    return select(job).where(*conditions)
+    return conditions

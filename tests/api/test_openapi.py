@@ -303,6 +303,13 @@ async def look(call: Checked, job_ids: list[str]) -> None:
         await call("GET", "/jobs/{job_id}/attempts", job_id=job_id)
     for query in ("", "?limit=2", "?state=failed&tag=a&error=Boom", "?limit=0"):
         await call("GET", "/jobs", query)
+    for job_id in job_ids:
+        await call("PATCH", "/jobs/{job_id}", job_id=job_id, json={"priority": 1})
+    for verb in ("retry", "cancel", "delete", "update"):
+        changes = {"set": {"priority": 1}} if verb == "update" else {}
+        await call("POST", f"/jobs/{verb}", json={"filter": {"queue": ["q"]}, "dry_run": True, **changes})
+    await call("PATCH", "/jobs/{job_id}", job_id=job_ids[0], json={"payload": "x" * 200})
+    await call("POST", "/jobs/update", json={"all": True, "set": {"payload": "x" * 200}})
     for name in ("q", "-"):
         await call("GET", "/queues/{name}/failures", name=name)
     for path in ("/stats", "/health/live", "/health/ready", "/health", "/metrics"):

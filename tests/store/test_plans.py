@@ -411,6 +411,38 @@ class TestOperating:
             assert plan.rows == (1 if seeded.ready else 0)
 
 
+class TestEditing:
+    @pytest.mark.parametrize("place", ["ready", "scheduled"])
+    async def test_an_edit_looks_its_jobs_up(self, seeded: Seeded, place: str):
+        def each(value: object) -> list[object]:
+            return [value] * BATCH
+
+        ids = seeds(place)
+        for name, values in (("lock_places", [ids]), ("editable", [None, ids])):
+            plan = await seeded.explain(name, *values)
+            plan.assert_reads_only_what_it_takes(BATCH)
+            assert plan.rows == (BATCH if seeded.ready else 0)
+        plan = await seeded.explain(
+            "edit",
+            None,
+            ids,
+            each("other"),
+            each(1),
+            each(None),
+            each(30),
+            each(None),
+            each(3),
+            each("{}"),
+            each(None),
+            each(None),
+            each(b"1"),
+            each(None),
+            each(None),
+        )
+        plan.assert_reads_only_what_it_takes(BATCH)
+        assert plan.rows == (BATCH if seeded.ready else 0)
+
+
 class TestMaintaining:
     async def test_a_promotion_reads_what_is_due(self, seeded: Seeded):
         plan = await seeded.explain("promote", None, BATCH, BEGINNING)
