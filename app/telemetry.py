@@ -48,11 +48,13 @@ from app.queue.events import (
     QueueChanged,
     QueueEvent,
     QueuePurged,
+    ScheduleRan,
     StreamReset,
     WorkerDirected,
 )
 from app.queue.lifecycle import State
 from app.queue.model import Outcome
+from app.queue.scheduling import RunOutcome
 
 GAUGE_SECONDS = 2.0
 SHOW_SECONDS = 1.0
@@ -151,6 +153,9 @@ class Metrics:
         self._runs = Histogram(
             "leaseq_run_seconds", "From leased to acked", ["queue"], buckets=_RUNS, registry=self._counted
         )
+        self._schedule_runs = self._counter(
+            "leaseq_schedule_runs", "Fires of schedules that were decided, and triggers", "outcome"
+        )
         self._requests = self._counter(
             "leaseq_http_requests", "Requests answered", "handler", "method", "status"
         )
@@ -207,6 +212,8 @@ class Metrics:
                 self._replays.inc()
             case BulkRan():
                 self._bulk.labels(event.verb.value).inc(event.changed)
+            case ScheduleRan():
+                self._schedule_runs.labels(event.outcome.value).inc()
             case MaintenanceRan():
                 self._maintenance.labels(event.task).observe(event.took_seconds)
             case StreamReset():
@@ -435,6 +442,18 @@ class EventLog:
                 self._log.info("leases_replayed", worker=event.worker, leases=event.leases)
             case WorkerDirected():
                 self._log.info("worker_directed", worker=event.worker, directive=event.directive)
+            case ScheduleRan():
+                level = {RunOutcome.FIRED: logging.DEBUG, RunOutcome.FAILED: logging.WARNING}.get(
+                    event.outcome, logging.INFO
+                )
+                self._log.log(
+                    level,
+                    f"schedule_{event.outcome}",
+                    schedule=event.schedule,
+                    reason=event.reason,
+                    fires=event.fires,
+                    job_id=None if event.job_id is None else str(event.job_id),
+                )
             case BulkRan():
                 self._log.info(
                     "bulk_ran",

@@ -215,6 +215,7 @@ class World:
                 # Like maintenance, by hand.
                 machine.service.workers.write_seconds = NEVER_SECONDS
                 machine.service.maintenance.expect = lambda due_seconds: None  # type: ignore[method-assign]  # noqa: ARG005
+                machine.service.maintenance.expect_fire = lambda due_seconds: None  # type: ignore[method-assign]  # noqa: ARG005
             if machine.database.can_listen:
                 await machine.service.wakeups.listening.wait()
             server = Server(machine)

@@ -7,7 +7,18 @@ from fastapi.routing import APIRoute
 from prometheus_fastapi_instrumentator import Instrumentator
 from prometheus_fastapi_instrumentator.metrics import Info
 
-from app.api import changing, dead_letters, openapi, operate, problems, queues, watch, work, workers
+from app.api import (
+    changing,
+    dead_letters,
+    openapi,
+    operate,
+    problems,
+    queues,
+    schedules,
+    watch,
+    work,
+    workers,
+)
 from app.api.front import Front, Unexpected
 from app.api.thin import ThinRoute
 from app.engine.service import Service
@@ -37,10 +48,12 @@ def create_api(service: Service, metrics: Metrics, *, body_bytes_max: int, paylo
             *work.operations(service, payload_bytes_max),
             *queues.operations(service),
             *changing.operations(service, payload_bytes_max),
+            *schedules.operations(service, payload_bytes_max),
         )
     ]
     app.router.routes[:0] = thin
     app.include_router(operate.router(service, metrics))
+    app.include_router(schedules.router(service))
     app.include_router(watch.router(service))
     app.include_router(queues.router(service))
     app.include_router(dead_letters.router(service))

@@ -30,6 +30,7 @@ TAGS = [
     {"name": "Work", "description": "Take jobs, say what became of them."},
     {"name": "Inspect", "description": "See jobs and counts."},
     {"name": "Operate", "description": "Retry, cancel, delete."},
+    {"name": "Schedule", "description": "Enqueue jobs at given times, again and again."},
     {"name": "Health", "description": "For probes and monitors; open to everybody."},
 ]
 

@@ -765,7 +765,7 @@ def _raw(text: bytes | None) -> Raw | None:
 
 
 def is_name(text: str) -> bool:
-    """Whether a queue or a type can have this name."""
+    """Whether a queue, a type or a schedule may have this name."""
     # The schema's `$` lets a line break at the end pass.
     return len(text) <= NAME_LENGTH_MAX and _NAME.fullmatch(text) is not None
 

@@ -14,6 +14,7 @@ from datetime import UTC, datetime, timedelta
 
 from app.engine.retention import Retention
 from app.engine.running import Component
+from app.engine.schedules import Schedules
 from app.engine.wakeup import Wakeups
 from app.queue.events import (
     AttemptEnded,
@@ -48,8 +49,12 @@ UNDER_WAY = timedelta(seconds=20)
 DELTAS_UNDER_WAY = 10_000
 """Deltas get their numbers before they are committed: so many may come after one that was folded."""
 
-PROMOTE_PAUSE_SECONDS = 0.005
-"""The least time between two promotions: a job that others hold or promote must not make a loop that never rests."""
+FIRE_BATCH = 100
+"""Schedules decided in one transaction: each brings one job, with its payload, at most."""
+RUNS_EVERY_SECONDS = 10.0
+
+ON_TIME_PAUSE_SECONDS = 0.005
+"""The least time between two turns: a row that others hold, or deal with, must not make a loop that never rests."""
 
 
 class Reach:
@@ -76,14 +81,76 @@ class Reach:
                 self._everything_due_at = time.monotonic() + EVERYTHING_EVERY_SECONDS
 
 
+class OnTime:
+    """Runs a task between the rounds too, at the instant when its next row is due."""
+
+    def __init__(
+        self,
+        name: str,
+        task: Callable[[], Awaitable[int]],
+        next_due_seconds: Callable[[], Awaitable[float | None]],
+        observer: Observer,
+        every_seconds: float,
+    ) -> None:
+        self._name = name
+        self._task = task
+        self._next_due_seconds = next_due_seconds
+        self._observer = observer
+        self._every_seconds = every_seconds
+        self._due_at = math.inf
+        self._sooner = asyncio.Event()
+
+    def expect(self, due_seconds: float) -> None:
+        """Note that a row is due in so many seconds."""
+        due_at = asyncio.get_running_loop().time() + max(due_seconds, ON_TIME_PAUSE_SECONDS)
+        if due_at < self._due_at:
+            self._due_at = due_at
+            self._sooner.set()
+
+    async def run(self) -> None:
+        """Run until cancelled."""
+        loop = asyncio.get_running_loop()
+        while True:
+            self._due_at = math.inf
+            due_at = loop.time() + await self._look()
+            self._due_at = min(self._due_at, due_at)
+            while self._due_at > loop.time():
+                self._sooner.clear()
+                with suppress(TimeoutError):
+                    async with asyncio.timeout_at(self._due_at):
+                        await self._sooner.wait()
+            try:
+                await self._task()
+            except Exception as error:  # noqa: BLE001  # as in a round: the rest must go on
+                self._observer.on(MaintenanceFailed(task=self._name, error=repr(error)))
+                await asyncio.sleep(self._every_seconds)
+
+    async def _look(self) -> float:
+        """Return in how many seconds to run next: what other processes bring in tells nobody."""
+        try:
+            due = await self._next_due_seconds()
+        except Exception as error:  # noqa: BLE001  # as in a round
+            self._observer.on(MaintenanceFailed(task=self._name, error=repr(error)))
+            due = None
+        soonest = self._every_seconds if due is None else min(due, self._every_seconds)
+        return max(soonest, ON_TIME_PAUSE_SECONDS)
+
+
 class Maintenance(Component):
     """Runs the tasks of this process, round after round."""
 
     def __init__(
-        self, jobs: Jobs, wakeups: Wakeups, observer: Observer, retention: Retention, every_seconds: float
+        self,
+        jobs: Jobs,
+        schedules: Schedules,
+        wakeups: Wakeups,
+        observer: Observer,
+        retention: Retention,
+        every_seconds: float,
     ) -> None:
         super().__init__()
         self._jobs = jobs
+        self._schedules = schedules
         self._wakeups = wakeups
         self._observer = observer
         self._retention = retention
@@ -92,8 +159,17 @@ class Maintenance(Component):
         self._reaping, self._expiring, self._promoting, self._folding = Reach(), Reach(), Reach(), Reach()
         self._folded_to = 0
         self._swept_to = FIRST_KEY
-        self._promoting_at = math.inf
-        self._sooner = asyncio.Event()
+        self._runs_swept_to, self._runs_due_at = "", 0.0
+        self._promoting_on_time = OnTime(
+            "promote",
+            self.promote,
+            lambda: jobs.next_due_seconds(self._promoting.since()),
+            observer,
+            every_seconds,
+        )
+        self._firing_on_time = OnTime(
+            "schedules", self.fire, schedules.next_due_seconds, observer, every_seconds
+        )
 
     @property
     def tasks(self) -> dict[str, Callable[[], Awaitable[int]]]:
@@ -101,6 +177,7 @@ class Maintenance(Component):
         return {
             "reap": self.reap,
             "expire": self.expire,
+            "schedules": self.fire,
             "promote": self.promote,
             "fold": self.fold,
             "retain": self.retain,
@@ -177,6 +254,11 @@ class Maintenance(Component):
         self._promoting.looked(since, now, at_all=promoted < BATCH * STEPS_PER_ROUND)
         return promoted
 
+    async def fire(self) -> int:
+        """Decide the fires of schedules that are due."""
+        # One that has missed several fires is due again at once.
+        return await _while_full(lambda: self._schedules.fire(FIRE_BATCH), 1)
+
     async def fold(self) -> int:
         """Fold the deltas into the counts."""
         since = self._folding.since()
@@ -195,8 +277,15 @@ class Maintenance(Component):
         return folded
 
     async def retain(self) -> int:
-        """Remove jobs whose retention has ended, row by row."""
-        return await self._retention.rows()
+        """Remove jobs, row by row, and runs of schedules whose retention has ended."""
+        return await self._retention.rows() + await self._retain_runs()
+
+    async def _retain_runs(self) -> int:
+        if time.monotonic() < self._runs_due_at:
+            return 0
+        self._runs_due_at = time.monotonic() + RUNS_EVERY_SECONDS
+        removed, self._runs_swept_to = await self._schedules.retain_runs(self._runs_swept_to)
+        return removed
 
     async def sweep(self) -> int:
         """Forget unique keys that nobody holds, and requests whose repeats nobody expects any more.
@@ -222,10 +311,11 @@ class Maintenance(Component):
 
     def expect(self, due_seconds: float) -> None:
         """Note that a delayed job is due in so many seconds: it is promoted then, not a round later."""
-        due_at = asyncio.get_running_loop().time() + max(due_seconds, PROMOTE_PAUSE_SECONDS)
-        if due_at < self._promoting_at:
-            self._promoting_at = due_at
-            self._sooner.set()
+        self._promoting_on_time.expect(due_seconds)
+
+    def expect_fire(self, due_seconds: float) -> None:
+        """Note that a schedule is due in so many seconds: it fires then."""
+        self._firing_on_time.expect(due_seconds)
 
     def delayed(self, verdicts: Iterable[Verdict]) -> None:
         """Expect the jobs that the verdicts have delayed."""
@@ -236,41 +326,14 @@ class Maintenance(Component):
     async def _run(self) -> None:
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._go_round())
-            tasks.create_task(self._promote_on_time())
+            tasks.create_task(self._promoting_on_time.run())
+            tasks.create_task(self._firing_on_time.run())
 
     async def _go_round(self) -> None:
         while True:
             await self.run_once()
             # Jitter keeps replicas that started together from working on the same rows for ever.
             await asyncio.sleep(self._every_seconds * random.uniform(0.8, 1.2))
-
-    async def _promote_on_time(self) -> None:
-        """Promote between the rounds, at the instant when the next delayed job is due."""
-        loop = asyncio.get_running_loop()
-        while True:
-            self._promoting_at = math.inf
-            due_at = loop.time() + await self._next_due_seconds()
-            self._promoting_at = min(self._promoting_at, due_at)
-            while self._promoting_at > loop.time():
-                self._sooner.clear()
-                with suppress(TimeoutError):
-                    async with asyncio.timeout_at(self._promoting_at):
-                        await self._sooner.wait()
-            try:
-                await self.promote()
-            except Exception as error:  # noqa: BLE001  # as in a round: the rest must go on
-                self._observer.on(MaintenanceFailed(task="promote", error=repr(error)))
-                await asyncio.sleep(self._every_seconds)
-
-    async def _next_due_seconds(self) -> float:
-        """Return when to look next: jobs that other processes have delayed tell nobody."""
-        try:
-            due = await self._jobs.next_due_seconds(self._promoting.since())
-        except Exception as error:  # noqa: BLE001  # as in a round
-            self._observer.on(MaintenanceFailed(task="promote", error=repr(error)))
-            due = None
-        soonest = self._every_seconds if due is None else min(due, self._every_seconds)
-        return max(soonest, PROMOTE_PAUSE_SECONDS)
 
 
 def events_of(verdict: Verdict) -> Iterator[JobEvent]:

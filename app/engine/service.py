@@ -26,6 +26,7 @@ from app.engine.policies import Policies
 from app.engine.queues import Queues
 from app.engine.retention import Retention
 from app.engine.running import TaskOwner
+from app.engine.schedules import Schedules
 from app.engine.streams import Streams
 from app.engine.wakeup import Waiter, Wakeups
 from app.engine.watching import Watching
@@ -64,10 +65,12 @@ from app.queue.model import (
 from app.queue.policy import check_deadline, decide_failure, decide_release, needs_clock
 from app.store.database import Database
 from app.store.jobs import BEGINNING, Claim, Jobs, Line, Place
+from app.store.once import Outcome
 from app.store.queues import TOPIC as QUEUES
 from app.store.queues import StoredQueues
 from app.store.reads import Reads, WorkerSeen
 from app.store.retained import Retained
+from app.store.schedules import ScheduleStore
 from app.store.workers import TOPIC as WORKERS
 from app.store.workers import StoredWorkers
 
@@ -182,8 +185,18 @@ class Service:
         )
         self.workers = Workers(StoredWorkers(database, jobs.clock), self.copies, observer)
         self.copies.keep(WORKERS, self.workers.load)
+        self.schedules = Schedules(
+            ScheduleStore(database, jobs),
+            observer,
+            make=self._made,
+            job=self.job,
+            stored=self._tell_stored,
+            # There is no maintenance yet.
+            expect=lambda due_seconds: self.maintenance.expect_fire(due_seconds),  # noqa: PLW0108
+        )
         self.maintenance = Maintenance(
             jobs,
+            self.schedules,
             self.wakeups,
             observer,
             Retention(jobs, Retained(database), self.policies),
@@ -499,9 +512,11 @@ class Service:
             self.wakeups.look_soon()
 
     async def _resolved(self, request: JobRequest) -> NewJob:
+        return self._made(request, await self._jobs.now() if needs_clock(request) else BEGINNING)
+
+    def _made(self, request: JobRequest, now: datetime = BEGINNING) -> NewJob:
         job = self.policies.resolve(request, uuid7())
         if request.expires_at is not None or request.expires_in_seconds is not None:
-            now = await self._jobs.now() if needs_clock(request) else BEGINNING
             # With its queue's delay, where it names none.
             check_deadline(request._replace(delay_seconds=job.delay_seconds), now)
         return job
@@ -519,6 +534,10 @@ class Service:
 
     def _stored(self, job: Job) -> None:
         self._observer.on(JobEnqueued(job_id=job.id, queue=job.queue, type=job.type, state=job.state))
+
+    def _tell_stored(self, outcomes: Sequence[Outcome]) -> None:
+        self.once.wake(outcomes)
+        self.once.note(outcomes)
 
     def _grouped(
         self, write: Callable[..., Awaitable[Mapping[UUID, Answered]]]

@@ -52,6 +52,15 @@ class WorkerNotFoundError(QueueError):
         super().__init__("There is no such worker: none of this name was heard of in the last day.")
 
 
+class ScheduleNotFoundError(QueueError):
+    """There is no schedule of that name."""
+
+    code = "not_found"
+
+    def __init__(self) -> None:
+        super().__init__("There is no schedule of that name.")
+
+
 class LeaseLostError(QueueError):
     """The lease named is not the one that the job has now. Nothing was changed."""
 

@@ -10,6 +10,7 @@ from uuid import UUID
 
 from app.queue.lifecycle import State
 from app.queue.model import Directive, Outcome
+from app.queue.scheduling import RunOutcome
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,6 +159,17 @@ class StreamReset:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ScheduleRan:
+    """A schedule's fire was decided, or somebody has triggered it; `reason` says why there is no job, or why so late."""
+
+    schedule: str
+    outcome: RunOutcome
+    reason: str | None
+    fires: int
+    job_id: UUID | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class MaintenanceRan:
     """One maintenance task ran: how many rows it changed, and how long it took."""
 
@@ -206,6 +218,7 @@ QueueEvent = (
     | MaintenanceRan
     | MaintenanceFailed
     | BulkRan
+    | ScheduleRan
 )
 
 

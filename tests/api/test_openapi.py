@@ -295,6 +295,31 @@ async def once(call: Checked) -> None:
     await call("POST", "/jobs", **keyed)
 
 
+async def run_schedules(call: Checked) -> None:
+    """Do all that can be done with a schedule."""
+    job = {"queue": "emails", "expires_in_seconds": 30, "metadata": {"a": 1}, "backoff": {"factor": 2}}
+    for payload in (1, 2, "x" * 200):
+        body = {"every_seconds": 60, "job": {**job, "payload": payload}}
+        await call("PUT", "/schedules/{name}", name="s", json=body)
+    for name in ("s", "none"):
+        for verb in ("trigger", "pause", "resume"):
+            await call("POST", f"/schedules/{{name}}/{verb}", name=name)
+        await call("GET", "/schedules/{name}", name=name)
+        for query in ("", "?limit=0"):
+            await call("GET", "/schedules/{name}/runs", query, name=name)
+    await call("PUT", "/queues/{name}", name="emails", json={"delay_seconds": 60})
+    await call("POST", "/schedules/{name}/trigger", name="s")
+    for on_conflict in ("return", "reject"):
+        unique = {"queue": "q", "unique": {"key": "k", "on_conflict": on_conflict}}
+        await call("PUT", "/schedules/{name}", name="u", json={"every_seconds": 60, "job": unique})
+        for _ in range(2):
+            await call("POST", "/schedules/{name}/trigger", name="u")
+    for query in ("", "?limit=0"):
+        await call("GET", "/schedules", query)
+    for _ in range(2):
+        await call("DELETE", "/schedules/{name}", name="s")
+
+
 async def look(call: Checked, job_ids: list[str]) -> None:
     """Read all that can be read, then delete what can be deleted."""
     for job_id in job_ids:
@@ -333,6 +358,7 @@ async def test_what_is_really_answered_is_what_is_documented(world: World, docum
     await run_queues(call)
     await direct_workers(call)
     await once(call)
+    await run_schedules(call)
     await look(call, job_ids)
     await misuse(call, document, job_ids[-1])
     queue.machine.service.drain()

@@ -1,0 +1,7 @@
+-- In how many seconds the next schedule is due.
+SELECT extract(epoch FROM s.next_fire_at - coalesce($1::timestamptz, now())) AS seconds
+  FROM {schema}.schedules AS s
+ WHERE NOT s.paused
+   AND s.next_fire_at IS NOT NULL
+ ORDER BY s.next_fire_at
+ LIMIT 1
