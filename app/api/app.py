@@ -8,6 +8,7 @@ from prometheus_fastapi_instrumentator import Instrumentator
 from prometheus_fastapi_instrumentator.metrics import Info
 
 from app.api import (
+    batch,
     changing,
     dead_letters,
     openapi,
@@ -49,6 +50,7 @@ def create_api(service: Service, metrics: Metrics, *, body_bytes_max: int, paylo
             *queues.operations(service),
             *changing.operations(service, payload_bytes_max),
             *schedules.operations(service, payload_bytes_max),
+            *batch.operations(service, payload_bytes_max),
         )
     ]
     app.router.routes[:0] = thin

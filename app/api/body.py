@@ -17,6 +17,7 @@ from app.api.problems import RequestError
 from app.queue.errors import InvalidRequestError
 
 DEPTH_MAX = 500
+LINES_MEDIA_TYPE = "application/x-ndjson"
 
 # Possessive, and content with the end of the text where a string has none: linear whatever is sent.
 _STRING = re.compile(rb'"(?:[^"\\]++|\\.?)*+(?:"|\Z)', re.DOTALL)
@@ -34,10 +35,18 @@ _MESSAGE_LENGTH_MAX = 200
 T = TypeVar("T")
 
 
-async def read_body(headers: Mapping[bytes, bytes], receive: Receive, bytes_max: int) -> bytes:
+def are_lines(headers: Mapping[bytes, bytes]) -> bool:
+    """Whether the body is lines of JSON by its header."""
+    media_type = headers.get(b"content-type", b"").partition(b";")[0]
+    return media_type.strip().lower() == LINES_MEDIA_TYPE.encode()
+
+
+async def read_body(
+    headers: Mapping[bytes, bytes], receive: Receive, bytes_max: int, *, takes_lines: bool = False
+) -> bytes:
     """Return the whole body. Raises RequestError when it is no JSON by its header, or too large (before reading it)."""
     content_type = headers.get(b"content-type", b"")
-    if content_type != b"application/json":
+    if content_type != b"application/json" and not takes_lines:
         media_type = content_type.partition(b";")[0].strip().lower()
         if media_type != b"application/json" and not media_type.endswith(b"+json"):
             raise RequestError("unsupported_media_type", "Send the header Content-Type: application/json.")

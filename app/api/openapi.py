@@ -9,6 +9,7 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
 from app.api.answers import REPLIES, TEXTS
+from app.api.body import LINES_MEDIA_TYPE
 from app.api.problems import CODES, MEDIA_TYPE
 from app.api.schemas import Problem
 from app.api.thin import Operation, ThinRoute
@@ -86,6 +87,10 @@ def _thin_operation(operation: Operation, schemas: dict[str, Any]) -> dict[str, 
         {"name": name, "in": "header", "required": False, "schema": {"type": "string"}}
         for name in operation.headers
     ]
+    parameters += [
+        {"name": name, "in": "query", "required": False, "schema": _schema(type_, schemas)}
+        for name, type_ in operation.query.items()
+    ]
     good = {
         str(status): _answer(text, operation.reply, schemas) for status, text in operation.statuses.items()
     }
@@ -108,6 +113,8 @@ def _thin_operation(operation: Operation, schemas: dict[str, Any]) -> dict[str, 
         },
         "responses": dict(sorted({**good, **bad}.items())),
     }
+    if operation.line is not None:
+        described["requestBody"]["content"][LINES_MEDIA_TYPE] = {"schema": _schema(operation.line, schemas)}
     if parameters:
         described["parameters"] = parameters
     return described

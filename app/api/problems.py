@@ -14,6 +14,7 @@ from starlette.routing import Match
 
 from app.api.schemas import FieldProblem, Problem
 from app.queue.errors import (
+    InvalidItemsError,
     InvalidRequestError,
     JobNotFoundError,
     LeaseLostError,
@@ -90,6 +91,10 @@ def problem_of(request_id: str, error: QueueError) -> Problem:
         case InvalidRequestError():
             return problem(
                 request_id, error.code, str(error), errors=[FieldProblem(error.field, error.message)]
+            )
+        case InvalidItemsError():
+            return problem(
+                request_id, error.code, str(error), errors=[FieldProblem(*each) for each in error.problems]
             )
         case LeaseLostError() | WrongStateError():
             return problem(request_id, error.code, str(error), state=error.state)

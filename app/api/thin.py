@@ -9,8 +9,8 @@ The busy ones are called past FastAPI's middleware (see `front.py`), the others 
 
 import asyncio
 import re
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 from uuid import UUID
 
@@ -18,7 +18,7 @@ import msgspec
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from app.api.body import decode, read_body
+from app.api.body import are_lines, decode, read_body
 from app.api.protocol import GONE
 from app.queue.errors import JobNotFoundError
 
@@ -56,6 +56,12 @@ class Call:
     def job_id(self) -> UUID:
         """The job that its path names. Raises JobNotFoundError."""
         return job_id_of(self.path("job_id"))
+
+    @property
+    def query(self) -> str:
+        """What stands behind the question mark."""
+        query: bytes = self._scope["query_string"]
+        return query.decode("latin-1")
 
     def path(self, name: str) -> str:
         """The part of the path that the route calls `name`."""
@@ -97,6 +103,10 @@ class Operation:
     method: str = "POST"
     busy: bool = False
     """Whether it is called past FastAPI's middleware. Then it is a POST."""
+    line: Any = None
+    """The msgspec type of a line, where the body may be lines of JSON too; the handler gets such a body as bytes."""
+    query: Mapping[str, Any] = field(default_factory=dict)
+    """The parameters behind the path that it looks at, each with its type."""
     body_is_optional: bool = False
     """Whether no body at all means an empty object."""
 
@@ -130,18 +140,20 @@ class Endpoint:
         self._decoder = msgspec.json.Decoder(operation.request)
         self._body_bytes_max = body_bytes_max
         self._body_is_optional = operation.body_is_optional
+        self._takes_lines = operation.line is not None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
         call = Call(scope)
+        takes_lines = self._takes_lines and are_lines(call.headers)
         if self._body_is_optional and b"content-type" not in call.headers:
             # Only who sends a body says what it is; whoever does not say it sends none.
             await read_body({**call.headers, b"content-type": b"application/json"}, receive, 0)
             body = b"{}"
         else:
-            body = await read_body(call.headers, receive, self._body_bytes_max)
+            body = await read_body(call.headers, receive, self._body_bytes_max, takes_lines=takes_lines)
         call.body = body
-        reply = await self._handle(call, decode(self._decoder, body))
+        reply = await self._handle(call, body if takes_lines else decode(self._decoder, body))
         await send(
             {
                 "type": "http.response.start",

@@ -6,6 +6,7 @@ from uuid import UUID
 from msgspec import UNSET
 
 from app.api import problems
+from app.api.batch import traceparent_of
 from app.api.idempotency import idempotency_key
 from app.api.schemas import (
     AckBody,
@@ -46,8 +47,7 @@ class Work:
 
     async def enqueue(self, call: Call, body: EnqueueBody) -> Reply:
         """Answer `POST /jobs`."""
-        traceparent = call.headers.get(b"traceparent")
-        wanted = body.to_request(None if traceparent is None else traceparent.decode("latin-1"))
+        wanted = body.to_request(traceparent_of(call))
         bounded("payload", wanted.payload, self._payload_bytes_max)
         key = idempotency_key(call, "/jobs")
         if key is None and wanted.unique is None:

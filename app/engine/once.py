@@ -1,25 +1,34 @@
-"""Enqueueing once only: jobs with a unique key, and requests with an `Idempotency-Key`.
+"""Enqueueing once only, and many at once: jobs with a unique key, requests with an `Idempotency-Key`, batches.
 
-They touch rows that strangers may hold, so they never share a flush with plain jobs. Their line's flush waits for a
+Those with keys touch rows that strangers may hold, so they never share a flush with plain jobs. Their line's flush waits for a
 lock only shortly; if somebody holds one of the keys for longer, each call is tried alone, and who is in the way of
-nobody is stored.
+nobody is stored. A batch is a transaction of its own, a few at a time.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from datetime import datetime
 from typing import NamedTuple
 from uuid import UUID
 
 from app.engine.batching import Batcher
 from app.engine.maintenance import Maintenance
 from app.engine.wakeup import Wakeups
-from app.queue.errors import DuplicateJobError, JobNotFoundError, QueueError, UnavailableError
+from app.queue.errors import (
+    DuplicateJobError,
+    InvalidItemsError,
+    InvalidRequestError,
+    JobNotFoundError,
+    QueueError,
+    UnavailableError,
+)
 from app.queue.events import JobEnqueued, JobReplaced, Observer
 from app.queue.lifecycle import State
 from app.queue.model import IdempotencyKey, Job, JobRequest, NewJob
 from app.store.database import is_blocked
 from app.store.jobs import Jobs, Line, Place
-from app.store.once import Answered, Call, Duplicate, Outcome, Refused, Repeat, Stored
+from app.store.once import Answered, Call, Duplicate, Outcome, Refused, Repeat, Stored, UndoneError
 from app.store.reads import Reads
 
 LOCK_SECONDS = 0.5
@@ -29,6 +38,16 @@ ALONE_SECONDS = 4.0
 """How long the calls of a flush that was held up are tried one by one, and how long each of them waits."""
 TRIES_MAX = 5
 """How often a job is enqueued anew because the one that held its key was deleted before it could be shown."""
+
+BATCHES_MAX = 2
+"""How many batches are read and written at once."""
+BATCHES_IN_LINE_MAX = 8
+BATCH_WAIT_SECONDS = 5.0
+BATCH_AGAIN_SECONDS = 5
+TOO_MANY_BATCHES = "There are too many batches at once; come back a little later, or send smaller ones."
+SLICE = 200
+"""After so many jobs of a batch others have their turn."""
+STATES_AT_ONCE = 500
 
 BYTES_PER_WEIGHT = 16 * 1024
 
@@ -43,6 +62,15 @@ class Enqueued(NamedTuple):
     """Whether it has taken the request's fields."""
 
 
+class Item(NamedTuple):
+    """What came of one job of a batch."""
+
+    job_id: UUID
+    state: State
+    duplicate: bool = False
+    replaced: bool = False
+
+
 class Once:
     """Enqueues what has a key."""
 
@@ -53,7 +81,7 @@ class Once:
         observer: Observer,
         wakeups: Wakeups,
         maintenance: Maintenance,
-        resolve: Callable[[JobRequest], Awaitable[NewJob]],
+        resolve: Callable[[JobRequest, datetime | None], Awaitable[NewJob]],
     ) -> None:
         self._jobs = jobs
         self._reads = reads
@@ -64,6 +92,8 @@ class Once:
         self._line: Batcher[Call, Answered | Exception] = Batcher(
             self._flush, weight=_weight, key=_who, told=self._note
         )
+        self._batches = asyncio.Semaphore(BATCHES_MAX)
+        self._batches_in_line = 0
 
     async def drained(self) -> None:
         """Wait until everything in line has been written."""
@@ -77,7 +107,7 @@ class Once:
         """
         error: QueueError = DuplicateJobError()
         for _ in range(TRIES_MAX):
-            answer = await self._line.submit(Call([await self._resolve(request)], key))
+            answer = await self._line.submit(Call([await self._resolve(request, None)], key))
             match answer:
                 case Exception():
                     raise answer
@@ -94,6 +124,87 @@ class Once:
                     # Deleted meanwhile; or past its retention, while its window still lasts.
                     error = DuplicateJobError(job_id)
         raise error
+
+    @asynccontextmanager
+    async def turn(self) -> AsyncIterator[None]:
+        """Wait for a batch's turn: each takes much memory and a connection. Raises UnavailableError."""
+        if self._batches_in_line >= BATCHES_IN_LINE_MAX:
+            raise UnavailableError(TOO_MANY_BATCHES, BATCH_AGAIN_SECONDS)
+        self._batches_in_line += 1
+        try:
+            async with asyncio.timeout(BATCH_WAIT_SECONDS):
+                await self._batches.acquire()
+        except TimeoutError:
+            raise UnavailableError(TOO_MANY_BATCHES, BATCH_AGAIN_SECONDS) from None
+        finally:
+            self._batches_in_line -= 1
+        try:
+            yield
+        finally:
+            self._batches.release()
+
+    async def batch(
+        self, requests: Sequence[JobRequest | QueueError], key: IdempotencyKey | None, *, atomic: bool
+    ) -> list[Item | QueueError]:
+        """Store many jobs in one transaction; return what came of each, in order. Takes a `turn`.
+
+        What is an error already is passed on. With `atomic` all are stored or none: raises InvalidItemsError then.
+        Raises IdempotencyConflictError.
+        """
+        wanted = await self._resolve_all(requests)
+        if atomic:
+            _refuse_whole(wanted)
+        new = [None if isinstance(each, QueueError) else each for each in wanted]
+        answer: Answered = [None] * len(new)
+        if any(new) or key is not None:
+            try:
+                [answer] = await self._jobs.store([Call(new, key, atomic)])
+            except UndoneError as undone:
+                _refuse_whole(each.error if isinstance(each, Refused) else each for each in undone.outcomes)
+        if isinstance(answer, QueueError):
+            raise answer
+        if isinstance(answer, Repeat):
+            outcomes: list[Outcome | None] = [
+                Refused(DuplicateJobError()) if id_ is None else Duplicate(id_) for id_ in answer.job_ids
+            ]
+        else:
+            outcomes = answer
+            await self._tell(outcomes)
+        states = await self._states([each.job_id for each in outcomes if isinstance(each, Duplicate)])
+        return [
+            each if isinstance(each, QueueError) else _item(outcome, states)
+            for each, outcome in zip(wanted, outcomes, strict=True)
+        ]
+
+    async def _resolve_all(self, requests: Sequence[JobRequest | QueueError]) -> list[NewJob | QueueError]:
+        now = None
+        wanted: list[NewJob | QueueError] = []
+        for number, request in enumerate(requests):
+            if number % SLICE == SLICE - 1:
+                await asyncio.sleep(0)
+            if isinstance(request, QueueError):
+                wanted.append(request)
+                continue
+            if now is None and (request.expires_at or request.expires_in_seconds) is not None:
+                now = await self._jobs.now()
+            try:
+                wanted.append(await self._resolve(request, now))
+            except InvalidRequestError as error:
+                wanted.append(error)
+        return wanted
+
+    async def _tell(self, outcomes: Sequence[Outcome | None]) -> None:
+        for begin in range(0, len(outcomes), SLICE):
+            part = outcomes[begin : begin + SLICE]
+            self.wake(part)
+            self.note(part)
+            await asyncio.sleep(0)
+
+    async def _states(self, job_ids: Sequence[UUID]) -> dict[UUID, State]:
+        states: dict[UUID, State] = {}
+        for begin in range(0, len(job_ids), STATES_AT_ONCE):
+            states |= await self._reads.states(job_ids[begin : begin + STATES_AT_ONCE])
+        return states
 
     async def _repeated(self, job_id: UUID | None) -> Enqueued:
         if job_id is None:
@@ -169,6 +280,40 @@ class Once:
     def _note(self, answer: Answered | Exception) -> None:
         if isinstance(answer, list):
             self.note(answer)
+
+
+def _item(outcome: Outcome | None, states: Mapping[UUID, State]) -> Item | QueueError:
+    match outcome:
+        case Stored(job):
+            return Item(job.id, job.state)
+        case Duplicate(job_id, replaced) if job_id in states:
+            return Item(job_id, states[job_id], duplicate=True, replaced=replaced)
+        case Duplicate(job_id):
+            # Deleted since, or past its retention while its window still lasts.
+            return DuplicateJobError(job_id)
+        case Refused(error):
+            return error
+        case None:
+            message = "an item without an error has an outcome"
+            raise AssertionError(message)
+
+
+def _refuse_whole(items: Iterable[object]) -> None:
+    """Raise InvalidItemsError if any of the items is an error."""
+    problems = []
+    for number, error in enumerate(items):
+        place = f"jobs[{number}]"
+        match error:
+            case InvalidRequestError(field=field, message=message):
+                problems.append((place if field == "body" else f"{place}.{field}", message))
+            case DuplicateJobError():
+                problems.append((f"{place}.unique", str(error)))
+            case QueueError():
+                problems.append((place, str(error)))
+            case _:
+                pass
+    if problems:
+        raise InvalidItemsError(problems)
 
 
 def _who(call: Call) -> object:

@@ -511,8 +511,11 @@ class Service:
             # Who waits at a queue that goes on has heard nothing of what became ready there meanwhile.
             self.wakeups.look_soon()
 
-    async def _resolved(self, request: JobRequest) -> NewJob:
-        return self._made(request, await self._jobs.now() if needs_clock(request) else BEGINNING)
+    async def _resolved(self, request: JobRequest, now: datetime | None = None) -> NewJob:
+        """Return the job as it is to be stored. `now` spares asking for it, where a start deadline needs it."""
+        if now is None:
+            now = await self._jobs.now() if needs_clock(request) else BEGINNING
+        return self._made(request, now)
 
     def _made(self, request: JobRequest, now: datetime = BEGINNING) -> NewJob:
         job = self.policies.resolve(request, uuid7())

@@ -1,6 +1,6 @@
 """What can go wrong, in the queue's own words. `code` is stable: clients match on it, never on the text."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 from uuid import UUID
 
@@ -111,6 +111,17 @@ class InvalidRequestError(QueueError):
         super().__init__(f"{field}: {message}")
         self.field = field
         self.message = message
+
+
+class InvalidItemsError(QueueError):
+    """Items of a request that is taken as a whole or not at all are not acceptable. Nothing was changed."""
+
+    code = "invalid"
+
+    def __init__(self, problems: Sequence[tuple[str, str]]) -> None:
+        """Each problem names its field, and says what is wrong with it."""
+        super().__init__(f"{len(problems)} of the items can not be taken, so none is.")
+        self.problems = problems
 
 
 class UnavailableError(QueueError):

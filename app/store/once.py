@@ -8,7 +8,7 @@ in three steps, each a statement of its own, so that it sees what the locks befo
 import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
-from datetime import datetime
+from datetime import datetime, timedelta
 from functools import lru_cache
 from typing import Any, NamedTuple
 from uuid import UUID
@@ -21,6 +21,9 @@ from app.store.database import Database, Transaction
 
 IDEMPOTENCY_SECONDS = 86_400.0
 """So long an `Idempotency-Key` stands for its first call."""
+
+INSERT_MAX = 1000
+"""How many jobs one statement stores."""
 
 LOOKS_MAX = 10
 """How often a holder that others move at that moment is looked for again before it keeps its fields."""
@@ -150,7 +153,7 @@ async def store(transaction: Transaction, now: datetime | None, new: Sequence[Ne
     )
     free = {job.id: job for key, job in wanted.items() if key not in holders}
     storing = [free.get(job.id, job) for job in new if job.unique is None or job.id in free]
-    stored = {job.id: job for job in await insert(transaction, now, storing)} if storing else {}
+    stored = {job.id: job for job in await _insert_many(transaction, now, storing)}
 
     def beside(job: NewJob) -> Outcome:
         key = _key(job)
@@ -165,6 +168,18 @@ async def store(transaction: Transaction, now: datetime | None, new: Sequence[Ne
                 return Duplicate(holder)
 
     return [Stored(stored[job.id]) if job.id in stored else beside(job) for job in new]
+
+
+async def _insert_many(transaction: Transaction, now: datetime | None, new: Sequence[NewJob]) -> list[Job]:
+    """Store jobs, in order, in statements of bounded size: each is an event loop's work for some milliseconds."""
+    if len(new) > INSERT_MAX and now is None:
+        now = (await transaction.fetch("now"))[0]["now"]
+    stored: list[Job] = []
+    for begin in range(0, len(new), INSERT_MAX):
+        # A statement gives its jobs places in line by the microsecond; the next one goes on there.
+        at = None if now is None else now + timedelta(microseconds=begin)
+        stored += await insert(transaction, at, new[begin : begin + INSERT_MAX])
+    return stored
 
 
 async def reclaim(

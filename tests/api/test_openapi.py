@@ -293,6 +293,12 @@ async def once(call: Checked) -> None:
     await call("POST", "/jobs/{job_id}/cancel", job_id=job["id"])
     await call("DELETE", "/jobs/{job_id}", job_id=job["id"])
     await call("POST", "/jobs", **keyed)
+    batch: dict[str, Any] = {
+        "json": {"jobs": [{"queue": "once"}, unique, {}]},
+        "headers": {"Idempotency-Key": "k"},
+    }
+    for body in (batch["json"], {"jobs": [unique]}):
+        await call("POST", "/jobs/batch", **batch | {"json": body})
 
 
 async def run_schedules(call: Checked) -> None:
