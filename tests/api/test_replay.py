@@ -231,8 +231,9 @@ class TestRaces:
         await here.enqueue("mine")
         async with no_claim_ends(world, here):
             first = asyncio.create_task(ask(here, queues=["none"]))
-            second = asyncio.create_task(ask(there, queues=["mine"]))
             await world.blocked()
+            second = asyncio.create_task(ask(there, queues=["mine"]))
+            await world.blocked(2)
         assert await first == []
         assert len(await second) == 1
 
