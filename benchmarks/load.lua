@@ -2,6 +2,7 @@
 --   enqueue   one job a request
 --   work      lease BATCH jobs; then an ack for each
 --   settle    lease BATCH jobs and settle, in the same request, those of an earlier one
+--   life      enqueue BATCH jobs in one request, then settle, in turn
 -- request() is not told which connection it is for: what a reply leased goes on a stack, and whichever request of
 -- this thread is next takes it from there.
 local threads = {}
@@ -45,8 +46,13 @@ function init(args)
       end
     end
 
-  elseif mode == "settle" then
+  elseif mode == "settle" or mode == "life" then
+    local job = string.format('{"queue":"%s","payload":{"to":"a@example.com","n":1}}', queue)
+    local enqueue = wrk.format("POST", "/jobs/batch", nil, '{"jobs":[' .. job .. ("," .. job):rep(batch - 1) .. "]}")
+    local enqueues = false
     function request()
+      enqueues = mode == "life" and not enqueues
+      if enqueues then return enqueue end
       local reply = table.remove(leased)
       if reply == nil then return wrk.format("POST", "/lease", nil, "{" .. lease .. "}") end
       local items = {}
@@ -56,6 +62,7 @@ function init(args)
       return wrk.format("POST", "/lease", nil, "{" .. lease .. ',"settle":[' .. table.concat(items, ",") .. "]}")
     end
     function response(_, _, body)
+      if body:sub(1, 8) ~= '{"jobs":' then return end
       local _, settled = body:gsub('"state":"completed"', "")
       jobs = jobs + settled
       local reply = keep(body)

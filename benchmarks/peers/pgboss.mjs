@@ -16,6 +16,11 @@ async function take() {
   return jobs.length;
 }
 
+async function live() {
+  await boss.insert(queue, Array.from({ length: batch }, () => ({ data: payload })));
+  return take();
+}
+
 async function life() {
   await boss.send(queue, payload);
   const began = performance.now();
@@ -42,5 +47,6 @@ await answer({
   fill,
   send: () => repeat(async () => ((await boss.send(queue, payload)) ? 1 : 0)),
   take: () => repeat(take),
+  live: () => repeat(live),
   traffic: () => paced(life),
 });
