@@ -9,10 +9,10 @@ from benchmarks.results import Findings, Plot, Series, Table, at_least, number
 BATCH = 100
 BATCH_CONNECTIONS = 8
 # More than anybody takes in a second: a run must not be short of jobs.
-TAKEN_A_SECOND_MAX = 12_000
-PGBOSS_TAKES_MAX = 4_000
-PGBOSS_TAKES_IN_BATCHES_MAX = 30_000
-TAKEN_IN_BATCHES_MAX = 60_000
+TAKEN_A_SECOND_MAX = 30_000
+PGBOSS_TAKES_MAX = 10_000
+PGBOSS_TAKES_IN_BATCHES_MAX = 90_000
+TAKEN_IN_BATCHES_MAX = 120_000
 STOCK = 5_000
 """What lies ready before a whole life begins, so that no lease comes back empty."""
 ENDLESS = 10**9
