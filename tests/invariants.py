@@ -58,6 +58,23 @@ _CHECKS = {
         SELECT lease_id FROM leaseq.leases GROUP BY lease_id HAVING count(*) > 1""",
     "no lease outlives its time limit": """
         SELECT id FROM leaseq.leases WHERE expires_at > deadline_at""",
+    "a run belongs to a schedule, and has a job where it fired": """
+        SELECT r.schedule, r.fire_at
+          FROM leaseq.schedule_runs AS r
+          LEFT JOIN leaseq.schedules AS s ON s.name = r.schedule
+         WHERE s.name IS NULL OR (r.job_id IS NULL AND r.outcome IN ('fired', 'triggered'))
+            OR (r.triggered AND r.outcome NOT IN ('triggered', 'skipped')) OR r.fires < 1
+            OR (r.fire_at > r.decided_at AND NOT r.triggered)""",
+    "no job comes of two fires": """
+        SELECT job_id FROM leaseq.schedule_runs AS r
+         WHERE r.outcome IN ('fired', 'triggered')
+           AND NOT EXISTS (SELECT FROM leaseq.jobs AS j WHERE j.id = r.job_id AND j.unique_key IS NOT NULL)
+         GROUP BY job_id HAVING count(*) > 1""",
+    "what a schedule is to fire next is not decided yet": """
+        SELECT s.name
+          FROM leaseq.schedules AS s
+          JOIN leaseq.schedule_runs AS r ON (r.schedule, r.fire_at) = (s.name, s.next_fire_at)
+         WHERE NOT r.triggered""",
     "the counts are those of the rows": """
         WITH counted AS (
           SELECT queue, state, sum(n) AS n

@@ -1,5 +1,5 @@
--- Of the schedules after the name $1, $2 of them, remove runs that are older than $3, or that have $4 newer ones; at
--- most $5 of each. Returns how many, and the last name looked at.
+-- Of the schedules after the name $1, $2 of them, remove runs that were decided before $3, or that have $4 newer ones;
+-- at most $5 of each. Returns how many, and the last name looked at. (No fire is decided before it is due.)
 WITH looked AS MATERIALIZED (
   SELECT s.name FROM {schema}.schedules AS s WHERE s.name > $1::text ORDER BY s.name LIMIT $2::int
 ), old AS MATERIALIZED (
@@ -15,6 +15,7 @@ WITH looked AS MATERIALIZED (
              FROM {schema}.schedule_runs AS r
             WHERE r.schedule = looked.name
               AND r.fire_at <= greatest(kept.fire_at, $3::timestamptz)
+              AND (r.fire_at <= kept.fire_at OR r.decided_at <= $3::timestamptz)
             ORDER BY r.fire_at
             LIMIT $5::int
               FOR UPDATE SKIP LOCKED) AS r
