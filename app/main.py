@@ -25,6 +25,7 @@ from app.settings import Settings
 from app.store.database import Database
 from app.store.jobs import Jobs
 from app.store.migrate import is_migrated, upgrade
+from app.store.queues import publish_defaults
 from app.telemetry import EventLog, Everyone, Metrics, Showing
 
 GARBAGE_THRESHOLD = 20_000
@@ -132,7 +133,14 @@ async def ensure_migrated(database: Database, *, migrate: bool) -> None:
 @asynccontextmanager
 async def running(machine: Machine) -> AsyncIterator[Machine]:
     """Run everything but the HTTP server for the length of the block. Raises as `connected` does."""
+    settings = machine.settings
     async with connected(machine):
+        await publish_defaults(
+            machine.database,
+            settings.defaults,
+            max_payload_bytes=settings.max_payload_bytes,
+            create_queues=settings.create_queues,
+        )
         await machine.service.start()
         if machine.showing is not None:
             await machine.showing.start()

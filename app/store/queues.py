@@ -15,7 +15,7 @@ from sqlalchemy import BigInteger, ColumnElement, Text, cast, func, or_, select,
 
 from app.queue.errors import QueueNotEmptyError
 from app.queue.lifecycle import State, summed_up
-from app.queue.model import Queue, QueuePolicy
+from app.queue.model import JobDefaults, Queue, QueuePolicy
 from app.store.database import Database, Transaction, rows_of
 from app.store.schema import changes, counts, deltas, held, queues, ready, scheduled
 
@@ -206,6 +206,15 @@ async def _purge(
     if ids:
         await transaction.fetch("purge", name, ids, place=place, state=_STATES[place])
     return PurgeStep(len(ids), rows[0]["wanted"] - len(ids), rows[0]["next"] if full else None)
+
+
+async def publish_defaults(
+    database: Database, defaults: JobDefaults, *, max_payload_bytes: int, create_queues: bool
+) -> None:
+    """Tell the function enqueue() what only the environment knows. Raises UnavailableError."""
+    limits = {"max_payload_bytes": max_payload_bytes, "create_queues": create_queues}
+    value = msgspec.json.encode(_named(asdict(defaults)) | limits).decode()
+    await database.fetch("publish_defaults", value)
 
 
 def policy_text(policy: QueuePolicy) -> str:

@@ -154,11 +154,11 @@ async def test_alembics_own_command_line_works(world: World):
     url = world.database_url
     for arguments, words in (
         (["upgrade", "head"], ""),
-        (["current"], "0002 (head)"),
+        (["current"], "0003 (head)"),
         (["history"], "The foundation"),
         (["downgrade", "base"], ""),
         (["upgrade", "head"], ""),
-        (["current"], "0002 (head)"),
+        (["current"], "0003 (head)"),
     ):
         code, said = await run(url, "alembic", *arguments, QUEUE_SCHEMA="by alembic")
         assert code == 0, said
