@@ -7,14 +7,13 @@ from typing import Annotated, Literal
 from urllib.parse import parse_qs
 from uuid import UUID
 
-import msgspec
 from msgspec import Meta, Raw, Struct
 
-from app.api.body import check_json, validated
+from app.api.body import check_json
 from app.api.idempotency import idempotency_key
 from app.api.problems import problem_of
 from app.api.schemas import EnqueueBody, Problem
-from app.api.settling import bounded
+from app.api.settling import read_job, traceparent_of
 from app.api.thin import Call, Operation, Reply, encode
 from app.engine.once import Item
 from app.engine.service import Service
@@ -26,7 +25,6 @@ JOBS_MAX = 10_000
 SLICE = 100
 """So many jobs are read before others have their turn: a few milliseconds' work."""
 
-_JOB = msgspec.json.Decoder(EnqueueBody)
 # Blank lines are passed over by whole stretches: a body may be nothing but line breaks.
 _LINE = re.compile(rb"[ \t\r\n]*+([^\n]++)")
 
@@ -54,19 +52,6 @@ class BatchReply(Struct):
     """What came of each job, in order."""
 
     results: list[BatchItem]
-
-
-def read_job(text: bytes, traceparent: str | None, payload_bytes_max: int) -> JobRequest:
-    """Return the job that a text which `check_json` has seen asks for. Raises InvalidRequestError, RequestError."""
-    wanted = validated(_JOB, text).to_request(traceparent)
-    bounded("payload", wanted.payload, payload_bytes_max)
-    return wanted
-
-
-def traceparent_of(call: Call) -> str | None:
-    """Return the request's header of that name, as it came."""
-    value = call.headers.get(b"traceparent")
-    return None if value is None else value.decode("latin-1")
 
 
 class Batches:

@@ -54,6 +54,7 @@ YEAR_SECONDS = 366 * DAY_SECONDS
 DELAY_SECONDS_MAX = 100 * YEAR_SECONDS
 RUN_AT_MAX = datetime(2200, 1, 1, tzinfo=UTC)
 QUEUES_MAX = 100
+FOLLOW_UPS_MAX = 100
 SETTLE_MAX = 1000
 LINES_MAX = 1000
 TRACEPARENT = re.compile("[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
@@ -302,6 +303,13 @@ class AckBody(Struct, forbid_unknown_fields=True):
 
     lease_id: LeaseId
     result: Json | UnsetType = UNSET
+    then: Annotated[
+        list[Raw],
+        Meta(
+            max_length=FOLLOW_UPS_MAX,
+            description="jobs to enqueue in the same transaction, each as in POST /jobs",
+        ),
+    ] = []
 
 
 class ErrorBody(Struct, forbid_unknown_fields=True):
@@ -517,6 +525,10 @@ class JobReply(Struct):
         Annotated[Literal[True], Meta(description="of an enqueue only: that job has these fields now")]
         | UnsetType
     ) = UNSET
+    then: (
+        Annotated[list[UUID], Meta(description="of an ack only: the jobs that its follow-ups have come to")]
+        | UnsetType
+    ) = UNSET
 
     @classmethod
     def of(cls, job: Job, *, duplicate: bool = False, replaced: bool = False) -> "JobReply":
@@ -560,6 +572,7 @@ class JobReply(Struct):
             checkpoint=_raw(job.checkpoint),
             duplicate=duplicate or UNSET,
             replaced=replaced or UNSET,
+            then=list(job.then) or UNSET,
         )
 
 
@@ -624,6 +637,9 @@ class SettledItem(Struct, omit_defaults=True):
     lease_expires_at: datetime | None = None
     cancel_requested: bool | None = None
     directive: DirectiveShown | None = None
+    then: Annotated[list[UUID], Meta(description="the jobs that an ack's follow-ups have come to")] | None = (
+        None
+    )
     error: "Problem | None" = None
 
 

@@ -6,14 +6,16 @@ import msgspec
 
 from app.api.body import validated
 from app.api.problems import RequestError, problem_of
-from app.api.schemas import AckItem, FailItem, HeartbeatItem, Item, ReleaseItem, SettledItem
-from app.api.thin import job_id_of, lease_id_of
+from app.api.schemas import AckItem, EnqueueBody, FailItem, HeartbeatItem, Item, ReleaseItem, SettledItem
+from app.api.thin import Call, job_id_of, lease_id_of
 from app.engine.service import Said, Service, failed, released
 from app.queue.errors import InvalidRequestError, QueueError
 from app.queue.lifecycle import State
-from app.queue.model import Ack, Beat, Done, Job, Word
+from app.queue.model import Ack, Beat, Done, Job, JobRequest, NewJob, Settled, Word
 
 _DECODER = msgspec.json.Decoder(Item)
+_JOB = msgspec.json.Decoder(EnqueueBody)
+FOLLOW_UPS_IN_ALL_MAX = 10_000
 
 
 def bounded(field: str, value: bytes, bytes_max: int) -> bytes:
@@ -21,6 +23,19 @@ def bounded(field: str, value: bytes, bytes_max: int) -> bytes:
     if len(value) > bytes_max:
         raise RequestError("payload_too_large", f"{field} may have at most {bytes_max} bytes.")
     return value
+
+
+def read_job(text: bytes, traceparent: str | None, payload_bytes_max: int) -> JobRequest:
+    """Return the job that a text which `check_json` has seen asks for. Raises InvalidRequestError, RequestError."""
+    wanted = validated(_JOB, text).to_request(traceparent)
+    bounded("payload", wanted.payload, payload_bytes_max)
+    return wanted
+
+
+def traceparent_of(call: Call) -> str | None:
+    """Return the request's header of that name, as it came."""
+    value = call.headers.get(b"traceparent")
+    return None if value is None else value.decode("latin-1")
 
 
 class _Named(msgspec.Struct):
@@ -39,7 +54,7 @@ class Settling:
         self._payload_bytes_max = payload_bytes_max
 
     async def settle(
-        self, request_id: str, items: Sequence[msgspec.Raw], field: str = "items"
+        self, call: Call, items: Sequence[msgspec.Raw], field: str = "items"
     ) -> list[SettledItem]:
         """Take all items; return what came of each, in order. Raises InvalidRequestError when two name one job.
 
@@ -50,7 +65,7 @@ class Settling:
         for raw in items:
             try:
                 item = validated(_DECODER, bytes(raw))
-                word = self._word(item)
+                word = await self._word(item, traceparent_of(call))
             except QueueError as error:
                 read.append((_name_in(raw), error))
             else:
@@ -58,20 +73,37 @@ class Settling:
                 read.append((item.job_id, word))
         if len({word.job_id for word in words}) < len(words):
             raise InvalidRequestError(field, "must name each job once")
+        if sum(len(word.then) for word in words if isinstance(word, Ack)) > FOLLOW_UPS_IN_ALL_MAX:
+            raise InvalidRequestError(field, f"may bring at most {FOLLOW_UPS_IN_ALL_MAX} follow-ups in all")
         answers = iter(await self._service.settle(words)) if words else iter(())
         return [
-            self._result(request_id, job_id, each if isinstance(each, QueueError) else next(answers))
+            self._result(call.request_id, job_id, each if isinstance(each, QueueError) else next(answers))
             for job_id, each in read
         ]
 
-    def _word(self, item: Item) -> Word:
+    async def follow_ups(self, texts: Sequence[msgspec.Raw], traceparent: str | None) -> tuple[NewJob, ...]:
+        """Return the jobs that an ack brings. Raises InvalidRequestError, RequestError for the first bad one."""
+        jobs = []
+        for number, text in enumerate(texts):
+            try:
+                wanted = read_job(bytes(text), traceparent, self._payload_bytes_max)
+                jobs.append(await self._service.follow_up(wanted))
+            except InvalidRequestError as error:
+                place = f"then[{number}]"
+                raise InvalidRequestError(
+                    place if error.field == "body" else f"{place}.{error.field}", error.message
+                ) from None
+        return tuple(jobs)
+
+    async def _word(self, item: Item, traceparent: str | None) -> Word:
         job_id, lease_id = job_id_of(item.job_id), lease_id_of(item.lease_id)
         match item:
             case AckItem():
                 result = None if item.result is msgspec.UNSET else bytes(item.result)
                 if result is not None:
                     bounded("result", result, self._payload_bytes_max)
-                return Ack(job_id, lease_id, result, shown=False)
+                then = await self.follow_ups(item.then, traceparent) if item.then else ()
+                return Ack(job_id, lease_id, result, shown=False, then=then)
             case FailItem():
                 return failed(job_id, lease_id, item.to_failure())
             case ReleaseItem():
@@ -95,8 +127,9 @@ class Settling:
                 directive=self._service.workers.directive(answer.worker),
             )
         if isinstance(answer, Job | Done):
-            return SettledItem(job_id, 200, state=State.COMPLETED)
-        return SettledItem(job_id, 200, state=answer.state, run_at=answer.run_at)
+            return SettledItem(job_id, 200, state=State.COMPLETED, then=list(answer.then) or None)
+        then = list(answer.then) or None if isinstance(answer, Settled) else None
+        return SettledItem(job_id, 200, state=answer.state, run_at=answer.run_at, then=then)
 
 
 def _name_in(raw: msgspec.Raw) -> str:

@@ -6,7 +6,6 @@ from uuid import UUID
 from msgspec import UNSET
 
 from app.api import problems
-from app.api.batch import traceparent_of
 from app.api.idempotency import idempotency_key
 from app.api.schemas import (
     AckBody,
@@ -23,7 +22,7 @@ from app.api.schemas import (
     SettledReply,
     SettleReply,
 )
-from app.api.settling import Settling, bounded
+from app.api.settling import Settling, bounded, traceparent_of
 from app.api.thin import Call, Operation, Reply, encode, lease_id_of
 from app.engine.service import Service
 from app.queue.errors import UnavailableError
@@ -66,7 +65,7 @@ class Work:
             return self._service.workers.directive(wanted.worker)
 
         if body.settle:
-            settled = await self._settling.settle(call.request_id, body.settle, "settle")
+            settled = await self._settling.settle(call, body.settle, "settle")
         if settled is not None and any(item.status != HTTPStatus.OK for item in settled):
             wanted = wanted._replace(wait_seconds=0)
         try:
@@ -85,7 +84,7 @@ class Work:
 
     async def settle(self, call: Call, body: SettleBody) -> Reply:
         """Answer `POST /settle`."""
-        return Reply(encode(SettleReply(await self._settling.settle(call.request_id, body.items))))
+        return Reply(encode(SettleReply(await self._settling.settle(call, body.items))))
 
     async def heartbeat(self, call: Call, body: HeartbeatBody) -> Reply:
         """Answer a job's `heartbeat`."""
@@ -107,7 +106,8 @@ class Work:
         result = (
             None if body.result is UNSET else bounded("result", bytes(body.result), self._payload_bytes_max)
         )
-        job = await self._service.ack(call.job_id, lease_id_of(body.lease_id), result)
+        then = await self._settling.follow_ups(body.then, traceparent_of(call)) if body.then else ()
+        job = await self._service.ack(call.job_id, lease_id_of(body.lease_id), result, then)
         return Reply(encode(JobReply.of(job)))
 
     async def fail(self, call: Call, body: FailBody) -> Reply:
@@ -195,11 +195,15 @@ def operations(service: Service, payload_bytes_max: int) -> list[Operation]:
             name="ack",
             tag="Work",
             summary="Finish a job",
-            description="The job is done." + _REPEATABLE + _NOTHING_CHANGES,
+            description=(
+                "The job is done. The jobs in `then` (up to 100) are enqueued in the same transaction: all of it happens"
+                " or nothing." + _REPEATABLE + _NOTHING_CHANGES
+            ),
             request=AckBody,
             reply=JobReply,
             statuses={200: "The job is `completed`."},
-            problems=(*by_lease, "payload_too_large"),
+            problems=(*by_lease, "duplicate", "payload_too_large"),
+            takes_many=True,
             example={"lease_id": _EXAMPLE_LEASE_ID, "result": {"sent": True}},
             handle=work.ack,
             busy=True,

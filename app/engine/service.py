@@ -310,10 +310,21 @@ class Service:
                 break
         return []
 
-    async def ack(self, job_id: UUID, lease_id: UUID, result: bytes | None) -> Job:
-        """Finish a job. Raises JobNotFoundError, LeaseLostError."""
-        answer = await self._say(Ack(job_id, lease_id, result))
-        return answer if isinstance(answer, Job) else await self.job(job_id)
+    async def ack(
+        self, job_id: UUID, lease_id: UUID, result: bytes | None, then: tuple[NewJob, ...] = ()
+    ) -> Job:
+        """Finish a job, and enqueue its follow-ups in the same transaction.
+
+        Raises JobNotFoundError, LeaseLostError, DuplicateJobError.
+        """
+        answer = await self._say(Ack(job_id, lease_id, result, then=then))
+        if isinstance(answer, Job):
+            return answer
+        return (await self.job(job_id))._replace(then=answer.then if isinstance(answer, Settled) else ())
+
+    async def follow_up(self, request: JobRequest) -> NewJob:
+        """Return a follow-up as an ack takes it. Raises InvalidRequestError for what its queue does not take."""
+        return await self._resolved(request)
 
     async def fail(self, job_id: UUID, lease_id: UUID, failure: Failure) -> Settled:
         """End an attempt that failed. Raises JobNotFoundError, LeaseLostError."""
@@ -336,10 +347,10 @@ class Service:
         that the same verb has ended before gets the answer that was recorded; on another that does not stand, an
         error.
         """
-        answers: Mapping[UUID, Said]
-        if len(words) > 1:
-            answers = await self._jobs.settle(words)
-            self._tell(answers.values())
+        answers: Mapping[UUID, Said | QueueError]
+        if len(words) > 1 or (isinstance(words[0], Ack) and words[0].then):
+            answers = await self._jobs.settle(words, self._tell_stored)
+            self._tell([answer for answer in answers.values() if not isinstance(answer, QueueError)])
         else:
             answer = await self._settle_one(words[0])
             answers = {} if answer is None else {words[0].job_id: answer}
@@ -602,7 +613,7 @@ class Service:
             record = recorded.get(word.job_id)
             if record is not None and record.verb is not None and record.verb is _verb(word):
                 recalled[word.job_id] = record.settled
-                if record.settled.state is State.READY:
+                if record.settled.state is State.READY or record.settled.then:
                     # Perhaps it was this very call whose COMMIT got lost, and nobody has been called.
                     self.wakeups.look_soon()
         lost = [word.job_id for word in words if word.job_id not in recalled]

@@ -4,7 +4,7 @@
 looks into them. What every request makes is a named tuple: a frozen dataclass costs four times as much to make.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
@@ -257,6 +257,8 @@ class Job(NamedTuple):
     source: bytes | None = None
     progress: Progress | None = None
     checkpoint: bytes | None = None
+    then: Sequence[UUID] = ()
+    """Of an ack's answer: the jobs that its follow-ups have come to."""
 
     @property
     def retry_count(self) -> int:
@@ -389,6 +391,8 @@ class Done(NamedTuple):
     attempt: int
     started_at: datetime
     finished_at: datetime
+    then: Sequence[UUID] = ()
+    """The jobs that its follow-ups have come to."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -397,6 +401,8 @@ class Settled:
 
     state: State
     run_at: datetime | None
+    then: Sequence[UUID] = ()
+    """Of an ack: the jobs that its follow-ups have come to."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -494,6 +500,8 @@ class Ack(NamedTuple):
     result: bytes | None
     shown: bool = True
     """Whether its worker gets to see the job as it stands then."""
+    then: tuple[NewJob, ...] = ()
+    """The jobs to enqueue in the same transaction."""
 
 
 @dataclass(frozen=True, slots=True)

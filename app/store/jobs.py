@@ -20,7 +20,7 @@ from uuid_utils.compat import uuid7
 
 from app.queue.dead_letters import Copy, copy_of
 from app.queue.editing import Editable, Edited
-from app.queue.errors import UnavailableError
+from app.queue.errors import DuplicateJobError, UnavailableError
 from app.queue.groups import error_group
 from app.queue.lifecycle import RETRIABLE, TERMINAL, State
 from app.queue.model import (
@@ -54,11 +54,15 @@ from app.store.once import (
     Call,
     Duplicate,
     Outcome,
+    Refused,
     Repeat,
     Stored,
+    array_text,
     backoff_text,
+    id_of,
     insert,
     reclaim,
+    store,
     store_calls,
     stored_job,
     sweep_keys,
@@ -75,6 +79,9 @@ few, and more and more while others hold all that it saw."""
 
 BEGINNING = datetime(1970, 1, 1, tzinfo=UTC)
 END = datetime(9999, 1, 1, tzinfo=UTC)
+
+FOLLOWING_MAX = 5
+"""How often words are taken anew without the acks of which a follow-up was refused."""
 
 RECOVERIES_MAX = 3
 """How often an enqueue of unknown outcome looks and tries again, before it says that it does not know."""
@@ -450,23 +457,50 @@ class Jobs:
         """Extend leases; return those that still stand, by job id."""
         return await self._keeping(lambda: self._heartbeat(self._database, heartbeats, wait=wait))
 
-    async def settle(self, words: Sequence[Word]) -> dict[UUID, Job | Done | Verdict | Beat]:
-        """Take all words in one transaction; return what each did whose lease still stood, by job id."""
+    async def settle(
+        self, words: Sequence[Word], told: Callable[[Sequence[Outcome]], None] = lambda _: None
+    ) -> dict[UUID, Job | Done | Verdict | Beat | DuplicateJobError]:
+        """Take all words in one transaction; return what each did whose lease still stood, by job id.
+
+        An ack of which a follow-up is refused does not happen, and gets that error. `told` hears of the follow-ups.
+        """
+        refused: dict[UUID, DuplicateJobError] = {}
+        for _ in range(FOLLOWING_MAX):
+            left = [word for word in words if word.job_id not in refused]
+            try:
+                return {**await self._settle(left, told), **refused} if left else dict(refused)
+            except _NotFollowedError as error:
+                # Nothing is committed: the others go without those whose follow-ups can not be stored.
+                refused |= error.refused
+        message = "Others take the unique keys of these follow-ups again and again; try later."
+        raise UnavailableError(message)
+
+    async def _settle(
+        self, words: Sequence[Word], told: Callable[[Sequence[Outcome]], None]
+    ) -> dict[UUID, Job | Done | Verdict | Beat]:
         acks = [word for word in words if isinstance(word, Ack)]
-        if len(acks) == len(words):
-            return dict(await self.ack(acks))
+        following = [ack for ack in acks if ack.then]
+        plain = [ack for ack in acks if not ack.then]
+        if len(plain) == len(words):
+            return dict(await self.ack(plain))
+        followed: list[Outcome] = []
 
         async def work(transaction: Transaction) -> dict[UUID, Job | Done | Verdict | Beat]:
             done: dict[UUID, Job | Done | Verdict | Beat] = {}
-            if acks:
-                done |= await self._ack_surely(transaction, acks)
+            if following:
+                acked, followed[:] = await self._ack_and_follow(transaction, following)
+                done |= acked
+            if plain:
+                done |= await self._ack_surely(transaction, plain)
             if endings := [word for word in words if isinstance(word, Ending)]:
                 done |= await self._conclude(transaction, endings)
             if heartbeats := [word for word in words if isinstance(word, Heartbeat)]:
                 done |= await self._heartbeat(transaction, heartbeats)
             return done
 
-        return await self._keeping(lambda: self._database.transact(work))
+        done = await self._keeping(lambda: self._database.transact(work))
+        told(followed)
+        return done
 
     async def reap(
         self, limit: int, decide: Decide, since: datetime = BEGINNING
@@ -495,7 +529,9 @@ class Jobs:
         return {
             row["job_id"]: Recorded(
                 verb=None if row["verb"] is None else Verb(row["verb"]),
-                settled=Settled(state=State(row["state"]), run_at=row["run_at"]),
+                settled=Settled(
+                    state=State(row["state"]), run_at=row["run_at"], then=row["follow_ups"] or ()
+                ),
             )
             for row in rows
         }
@@ -623,8 +659,44 @@ class Jobs:
         now: datetime = (await self._database.fetch("now"))[0]["now"]
         return now
 
+    async def _ack_and_follow(
+        self, transaction: Transaction, acks: Sequence[Ack]
+    ) -> tuple[dict[UUID, Job | Done], list[Outcome]]:
+        """Store the follow-ups of those whose leases stand, and finish these. Raises _NotFollowedError."""
+        ordered = sorted(acks, key=lambda ack: ack.job_id.int)
+        rows = await transaction.fetch(
+            "lock_leases",
+            self._clock(),
+            [ack.job_id for ack in ordered],
+            [ack.lease_id for ack in ordered],
+            or_pass="",
+        )
+        standing = {row["id"] for row in rows}
+        acks = [ack for ack in ordered if ack.job_id in standing]
+        if not acks:
+            return {}, []
+        outcomes = await store(transaction, self._clock(), [job for ack in acks for job in ack.then])
+        each = iter(outcomes)
+        of = {ack.job_id: [next(each) for _ in ack.then] for ack in acks}
+        refused = {
+            job_id: outcome.error
+            for job_id, its in of.items()
+            for outcome in its
+            if isinstance(outcome, Refused)
+        }
+        if refused:
+            raise _NotFollowedError(refused)
+        then = {job_id: [id_ for id_ in map(id_of, its) if id_ is not None] for job_id, its in of.items()}
+        done = await self._ack(transaction, acks, then=then)
+        return {job_id: job._replace(then=then[job_id]) for job_id, job in done.items()}, outcomes
+
     async def _ack(
-        self, runner: Database | Transaction, acks: Sequence[Ack], *, wait: bool = True
+        self,
+        runner: Database | Transaction,
+        acks: Sequence[Ack],
+        *,
+        wait: bool = True,
+        then: Mapping[UUID, Sequence[UUID]] | None = None,
     ) -> dict[UUID, Job | Done]:
         whole = any(ack.shown for ack in acks)
         # Batches lock their rows in one order, so that none waits for another in a circle.
@@ -636,6 +708,9 @@ class Jobs:
             [ack.lease_id for ack in ordered],
             [ack.result for ack in ordered],
             self.keeping_no_payload,
+            *([] if then is None else [[array_text(then[ack.job_id]) for ack in ordered]]),
+            then="" if then is None else ", follow_ups",
+            then_value="" if then is None else ", ($6::text[])[lease.place]::uuid[]",
             kept=_KEPT,
             or_pass=_or_pass(wait),
             shown=_WHOLE if whole else _DONE,
@@ -749,6 +824,14 @@ class Jobs:
             if not error.outcome_unknown:
                 raise
         return await write()
+
+
+class _NotFollowedError(Exception):
+    """Follow-ups of acks were refused: the errors, by the acked job's id."""
+
+    def __init__(self, refused: dict[UUID, DuplicateJobError]) -> None:
+        super().__init__("not all follow-ups can be stored")
+        self.refused = refused
 
 
 def _not_stored(call: Call, found: Mapping[UUID, Job]) -> Call:

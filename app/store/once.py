@@ -466,9 +466,13 @@ def _call_columns(calls: Sequence[tuple[IdempotencyKey, Sequence[UUID | None]]])
         [key.path for key, _ in calls],
         [key.key for key, _ in calls],
         [key.body_hash for key, _ in calls],
-        # As PostgreSQL writes an array: rows of different lengths make no array of arrays.
-        ["{" + ",".join("NULL" if id_ is None else str(id_) for id_ in ids) + "}" for _, ids in calls],
+        [array_text(ids) for _, ids in calls],
     ]
+
+
+def array_text(ids: Sequence[UUID | None]) -> str:
+    """Return ids as PostgreSQL writes an array: rows of different lengths make no array of arrays."""
+    return "{" + ",".join("NULL" if id_ is None else str(id_) for id_ in ids) + "}"
 
 
 def _tags_text(tags: tuple[str, ...]) -> str:
