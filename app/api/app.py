@@ -51,6 +51,7 @@ def create_api(service: Service, metrics: Metrics, *, body_bytes_max: int, paylo
             *changing.operations(service, payload_bytes_max),
             *schedules.operations(service, payload_bytes_max),
             *batch.operations(service, payload_bytes_max),
+            *dead_letters.operations(service),
         )
     ]
     app.router.routes[:0] = thin

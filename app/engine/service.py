@@ -24,6 +24,7 @@ from app.engine.once import Once
 from app.engine.operating import Operating
 from app.engine.policies import Policies
 from app.engine.queues import Queues
+from app.engine.redriving import Redriving
 from app.engine.retention import Retention
 from app.engine.running import TaskOwner
 from app.engine.schedules import Schedules
@@ -69,6 +70,7 @@ from app.store.once import Outcome
 from app.store.queues import TOPIC as QUEUES
 from app.store.queues import StoredQueues
 from app.store.reads import Reads, WorkerSeen
+from app.store.redriving import StoredDeadLetters
 from app.store.retained import Retained
 from app.store.schedules import ScheduleStore
 from app.store.workers import TOPIC as WORKERS
@@ -182,6 +184,9 @@ class Service:
             self.wakeups,
             self.policies,
             lambda seconds: self.maintenance.expect(seconds),  # noqa: PLW0108  # made later
+        )
+        self.redriving = Redriving(
+            StoredDeadLetters(database, jobs), self._reads, jobs.now, observer, self.wakeups, self.policies
         )
         self.workers = Workers(StoredWorkers(database, jobs.clock), self.copies, observer)
         self.copies.keep(WORKERS, self.workers.load)

@@ -566,14 +566,18 @@ class Jobs:
 
         Returns also those that stay where they are because another job has their unique key, each with that job.
         """
+        return await self._database.transact(
+            lambda transaction: self.retry_within(transaction, job_ids, states)
+        )
 
-        async def work(transaction: Transaction) -> tuple[Sequence[Any], dict[UUID, UUID]]:
-            now = self._clock()
-            taken = await reclaim(transaction, now, job_ids, states)
-            free = [job_id for job_id in job_ids if job_id not in taken]
-            return await transaction.fetch("retry", now, free, list(states)) if free else [], taken
-
-        rows, taken = await self._database.transact(work)
+    async def retry_within(
+        self, transaction: Transaction, job_ids: Sequence[UUID], states: Collection[State]
+    ) -> tuple[list[Moved], dict[UUID, UUID]]:
+        """Do what `retry` does within a transaction that does something else too."""
+        now = self._clock()
+        taken = await reclaim(transaction, now, job_ids, states)
+        free = [job_id for job_id in job_ids if job_id not in taken]
+        rows = await transaction.fetch("retry", now, free, list(states)) if free else []
         moved = [
             moved._replace(place=Place(Line(moved.queue, moved.type), row["priority"], row["since"]))
             for moved, row in zip(_moved(rows), rows, strict=True)

@@ -5,9 +5,10 @@ from typing import Any
 
 import pytest
 
-from app.queue.events import JobEnqueued
+from app.engine import redriving
+from app.queue.events import BulkRan, BulkVerb, JobEnqueued
 from app.queue.groups import error_group
-from tests.api.refusals import problem
+from tests.api.refusals import nothing_changes, problem
 from tests.conftest import Clock, Replica, World
 from tests.store.conftest import idle_replica, logged
 
@@ -308,3 +309,209 @@ async def test_a_failure_without_a_dead_letter_queue_runs_nothing_more(world: Wo
         "lock_leases",
         "conclude",
     ]
+
+
+# Redrive
+
+
+async def redrive(replica: Replica, name: str, **body: Any) -> tuple[int, int]:
+    answer = await replica.http.post(f"/queues/{name}/redrive", json=body)
+    assert answer.status_code == 200, answer.text
+    told = answer.json()
+    assert told == {"matched": told["matched"], "changed": told["changed"], "more": "limit" in body}
+    return told["matched"], told["changed"]
+
+
+async def states(queue: Replica, *job_ids: str) -> list[tuple[str, str]]:
+    jobs = [await queue.job(job_id) for job_id in job_ids]
+    return [(job["queue"], job["state"]) for job in jobs]
+
+
+async def test_failed_jobs_go_back_to_their_queue_with_a_fresh_budget(queue: Replica):
+    ids = [(await failed_job(queue, max_retries=1))["id"] for _ in range(2)]
+    await failed_job(queue, "other")
+    cancelled = (await queue.enqueue())["id"]
+    await queue.http.post(f"/jobs/{cancelled}/cancel")
+    # A body is not needed.
+    answer = await queue.http.post("/queues/q/redrive")
+    assert answer.json() == {"matched": 2, "changed": 2, "more": False}
+    leased = await queue.lease(max_jobs=5)
+    assert [(job["id"], job["attempt"]) for job in leased] == [(job_id, 2) for job_id in ids]
+    assert (await queue.fail(leased[0]))["state"] == "retry"
+    assert [attempt["outcome"] for attempt in await queue.attempts(ids[0])] == ["failed", "failed"]
+    assert await states(queue, cancelled) == [("q", "cancelled")]
+    [ran] = queue.events.of(BulkRan)
+    assert (ran.verb, ran.matched, ran.changed, ran.finished) == (BulkVerb.REDRIVE, 2, 2, True)
+
+
+async def test_a_redrive_of_one_group_leaves_the_others(queue: Replica):
+    ids = [(await failed_job(queue, message=text))["id"] for text in ("row 1", "row 2", "other")]
+    assert await redrive(queue, "q", error_group=error_group(None, "row 9")) == (2, 2)
+    assert await states(queue, *ids) == [("q", "ready"), ("q", "ready"), ("q", "failed")]
+
+
+async def test_a_redrive_stops_at_its_limit_the_oldest_first(queue: Replica):
+    ids = [(await failed_job(queue))["id"] for _ in range(3)]
+    assert await redrive(queue, "q", limit=2) == (2, 2)
+    assert [state for _, state in await states(queue, *ids)] == ["ready", "ready", "failed"]
+
+
+async def test_copies_go_home_by_retrying_their_originals(queue: Replica):
+    original = await failed_job(queue, dead_letter_queue="dlq", payload=[1])
+    other = await failed_job(queue, "other", dead_letter_queue="dlq")
+    own = await queue.enqueue("dlq")
+    first, second = [job["id"] for job in reversed(await copies(queue)) if job["source"] is not None]
+    assert await redrive(queue, "dlq") == (2, 2)
+    assert await states(queue, original["id"], other["id"], own["id"]) == [
+        ("q", "ready"),
+        ("other", "ready"),
+        ("dlq", "ready"),
+    ]
+    for gone in (first, second):
+        assert (await queue.http.get(f"/jobs/{gone}")).status_code == 404
+    leased = await queue.lease_one()
+    assert (leased["id"], leased["attempt"], leased["payload"]) == (original["id"], 2, [1])
+    assert [attempt["outcome"] for attempt in await queue.attempts(original["id"])] == ["failed", None]
+    # It has come home: when it fails again there is another copy.
+    await queue.fail(leased, retry=False)
+    assert [job["source"]["attempts"] for job in await copies(queue) if job["source"]] == [2]
+
+
+async def test_copies_whose_original_is_gone_go_home_as_new_jobs(queue: Replica):
+    original = await failed_job(queue, dead_letter_queue="dlq", **FIELDS)
+    assert (await queue.http.delete(f"/jobs/{original['id']}")).status_code == 204
+    [copy] = await copies(queue)
+    released = await queue.lease_one("dlq")
+    await queue.verb("release", released)
+    assert await redrive(queue, "dlq") == (1, 1)
+    assert await copies(queue) == []
+    [job] = await copies(queue, "q")
+    assert job["id"] not in {original["id"], copy["id"]}
+    expected = {**copy, "id": job["id"], "queue": "q", "source": None, "last_error": None}
+    assert job == expected | {
+        "created_at": job["created_at"],
+        "run_at": job["run_at"],
+        "dead_letter_queue": "dlq",
+    }
+    assert (await queue.lease_one())["id"] == job["id"]
+    assert (await queue.http.get(f"/jobs/{copy['id']}/attempts")).status_code == 404
+
+
+async def test_copies_of_one_group_and_of_no_more_than_the_limit(queue: Replica):
+    for message in ("row 1", "other", "row 2", "row 3"):
+        await failed_job(queue, message=message, dead_letter_queue="dlq")
+    group = error_group(None, "row 9")
+    assert await redrive(queue, "dlq", error_group=group, limit=2) == (2, 2)
+    messages = [job["source"]["error"]["message"] for job in await copies(queue)]
+    assert messages == ["row 3", "other"]
+
+
+async def test_copies_that_a_worker_has_or_whose_original_has_not_failed_stay(queue: Replica):
+    first, second = [await failed_job(queue, dead_letter_queue="dlq") for _ in range(2)]
+    leased = await queue.lease_one("dlq")
+    assert leased["source"]["job_id"] == first["id"]
+    await queue.http.post(f"/jobs/{second['id']}/retry")
+    assert await redrive(queue, "dlq") == (1, 0)
+    assert [job["state"] for job in await copies(queue)] == ["ready", "active"]
+    assert await states(queue, first["id"], second["id"]) == [("q", "failed"), ("q", "ready")]
+
+
+async def test_two_copies_of_one_job_go_home_together(queue: Replica):
+    job = await failed_job(queue, dead_letter_queue="dlq")
+    await queue.http.post(f"/jobs/{job['id']}/retry")
+    await queue.fail(await queue.lease_one(), retry=False)
+    assert await redrive(queue, "dlq") == (2, 2)
+    assert await states(queue, job["id"]) == [("q", "ready")]
+    assert await copies(queue) == []
+
+
+async def test_a_dead_letter_queues_own_failures_go_back_to_it(queue: Replica):
+    await failed_job(queue, dead_letter_queue="dlq")
+    copy = await queue.lease_one("dlq")
+    await queue.fail(copy, retry=False)
+    assert await redrive(queue, "dlq") == (1, 1)
+    assert await states(queue, copy["id"]) == [("dlq", "ready")]
+    assert [job["state"] for job in await copies(queue, "q")] == ["failed"]
+    # From there it goes home like any other.
+    assert await redrive(queue, "dlq") == (1, 1)
+    assert [job["state"] for job in await copies(queue, "q")] == ["ready"]
+
+
+async def test_a_redrive_elsewhere_keeps_id_and_history(queue: Replica):
+    failed = await failed_job(queue, payload=[1])
+    assert await redrive(queue, "q", to="elsewhere") == (1, 1)
+    leased = await queue.lease_one("elsewhere")
+    assert (leased["id"], leased["attempt"], leased["payload"]) == (failed["id"], 2, [1])
+    assert len(await queue.attempts(failed["id"])) == 2
+    assert await queue.lease() == []
+    assert [group["count"] for group in await failures(queue)] == []
+
+
+async def test_copies_go_elsewhere_as_they_are(queue: Replica):
+    original = await failed_job(queue, dead_letter_queue="dlq", payload=[1])
+    [copy] = await copies(queue)
+    assert await redrive(queue, "dlq", to="elsewhere") == (1, 1)
+    assert (await queue.job(copy["id"])) == copy | {"queue": "elsewhere"}
+    assert await states(queue, original["id"]) == [("q", "failed")]
+    assert (await queue.lease_one("elsewhere"))["source"]["job_id"] == original["id"]
+
+
+async def test_a_redrive_onto_a_taken_key_is_not_made(queue: Replica):
+    unique = {"key": "k"}
+    failed = await failed_job(queue, unique=unique, dead_letter_queue="dlq")
+    holder = await queue.enqueue(unique=unique)
+    elsewhere = await queue.enqueue("elsewhere", unique=unique)
+    for name, body in [("q", {}), ("dlq", {}), ("q", {"to": "elsewhere"})]:
+        assert await redrive(queue, name, **body) == (1, 0)
+    assert await states(queue, failed["id"]) == [("q", "failed")]
+    assert len(await copies(queue)) == 1
+    # Each queue has keys of its own: who goes elsewhere takes its key along.
+    assert await redrive(queue, "q", to="third") == (1, 1)
+    again = await queue.http.post("/jobs", json={"queue": "third", "unique": unique})
+    assert (again.status_code, again.json()["id"]) == (200, failed["id"])
+    for name, job in (("q", holder), ("elsewhere", elsewhere)):
+        again = await queue.http.post("/jobs", json={"queue": name, "unique": unique})
+        assert (again.status_code, again.json()["id"]) == (200, job["id"])
+
+
+async def test_who_goes_elsewhere_lets_its_key_go(queue: Replica):
+    unique = {"key": "k", "scope": "window", "window_seconds": 3600}
+    failed = await failed_job(queue, unique=unique)
+    assert await redrive(queue, "q", to="r") == (1, 1)
+    new = await queue.enqueue(unique=unique)
+    assert new["id"] != failed["id"]
+
+
+async def test_a_redrive_that_has_taken_its_time_says_that_there_may_be_more(
+    queue: Replica, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(redriving, "STEP", 1)
+    queue.machine.service.redriving.seconds = 0
+    for _ in range(2):
+        await failed_job(queue, dead_letter_queue="dlq")
+    calls = [(await queue.http.post("/queues/dlq/redrive")).json() for _ in range(3)]
+    assert [(told["changed"], told["more"]) for told in calls] == [(1, True), (1, True), (0, False)]
+
+
+async def test_who_waits_for_what_comes_home_is_called(world: World, queue: Replica):
+    job = await failed_job(queue, dead_letter_queue="dlq")
+    other = await world.replica()
+    waiting = asyncio.create_task(other.lease("q", wait_seconds=20))
+    while other.machine.service.wakeups.waiters < 1:
+        await asyncio.sleep(0.005)
+    await redrive(queue, "dlq")
+    assert [each["id"] for each in await waiting] == [job["id"]]
+
+
+@pytest.mark.parametrize(
+    "body", [{"to": "q"}, {"to": "a b"}, {"error_group": "E"}, {"limit": 0}, {"all": True}, {"to": "a\n"}]
+)
+async def test_a_bad_redrive_changes_nothing(queue: Replica, world: World, body: dict[str, Any]):
+    await failed_job(queue)
+    async with nothing_changes(world):
+        problem(await queue.http.post("/queues/q/redrive", json=body), "invalid")
+
+
+async def test_what_can_be_no_queue_is_not_redriven(queue: Replica):
+    problem(await queue.http.post("/queues/-/redrive"), "not_found")
+    assert await redrive(queue, "nobody_knows") == (0, 0)
