@@ -240,9 +240,7 @@ class TestQueuesThatMustBeMade:
         told = problem(await queue.http.post("/jobs", json={"queue": "q"}), "invalid")
         assert "PUT /queues/q" in told["detail"]
         assert told["errors"][0]["field"] == "queue"
-        assert (await queue.http.post("/lease", json={"queues": ["q"], "wait_seconds": 0})).json() == {
-            "jobs": []
-        }
+        assert await queue.lease("q") == []
         assert await names(queue) == ([], None)
         await put(queue)
         await queue.enqueue("q")
@@ -254,3 +252,14 @@ class TestQueuesThatMustBeMade:
         assert told["errors"][0]["field"] == "dead_letter_queue"
         await put(queue, "dead")
         assert (await queue.enqueue("q"))["dead_letter_queue"] == "dead"
+
+    async def test_whatever_way_the_job_comes(self, world: World):
+        queue = await world.replica(create_queues=False)
+        await put(queue)
+        batch = await queue.http.post("/jobs/batch", json={"jobs": [{"queue": "q"}, {"queue": "nowhere"}]})
+        assert [each["status"] for each in batch.json()["results"]] == [201, 422]
+        leased = await queue.lease_one("q")
+        problem(await queue.verb("ack", leased, then=[{"queue": "nowhere"}]), "invalid")
+        assert (await queue.job(leased["id"]))["state"] == "active"
+        schedule = {"every_seconds": 60, "job": {"queue": "nowhere"}}
+        problem(await queue.http.put("/schedules/s", json=schedule), "invalid")
