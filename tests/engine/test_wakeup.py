@@ -511,3 +511,15 @@ async def listening(connection: "asyncpg.Connection[asyncpg.Record]") -> set[int
         " AND (query LIKE 'LISTEN%' OR query LIKE '%pg_notify%' OR query = 'SELECT 1')"
     )
     return {row["pid"] for row in rows}
+
+
+async def test_nobody_is_called_for_a_paused_queue_until_it_goes_on():
+    paused = {"q"}
+    room = Room(lambda: paused)
+    waiter = room.enter([Line("q"), Line("open")])
+    assert room.call(Line("q", "t"), 1) == 0
+    assert waiter.called_for is None
+    assert room.waiting() == {Line("open"): 1}
+    paused.clear()
+    assert room.call(Line("q", "t"), 1) == 1
+    assert waiter.called_for == Line("q", "t")
