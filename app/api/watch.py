@@ -7,6 +7,7 @@ from uuid import UUID
 
 import msgspec
 from fastapi import APIRouter, Header, Query, Request, Response
+from msgspec import UNSET, UnsetType
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.types import Receive, Scope, Send
 
@@ -17,6 +18,7 @@ from app.api.schemas import JobReply
 from app.api.thin import encode, job_id_of
 from app.engine.service import Service
 from app.engine.streams import Entry, Reset, Streams, Wanted
+from app.queue.explain import Code
 from app.queue.lifecycle import State
 
 WAIT_SECONDS_MAX = 30
@@ -62,6 +64,51 @@ class EventsQuery(BaseModel):
     def to_wanted(self) -> Wanted:
         """Translate it for the queue."""
         return Wanted(frozenset(self.queue), frozenset(self.type), frozenset(self.id))
+
+
+class ReasonReply(msgspec.Struct, omit_defaults=True):
+    """One reason, with the facts that go with its code; others are left out."""
+
+    code: Code
+    message: str
+    queue: str | UnsetType = UNSET
+    type: str | UnsetType = UNSET
+    priority: int | UnsetType = UNSET
+    run_at: datetime | UnsetType = UNSET
+    in_seconds: float | UnsetType = UNSET
+    attempt: int | UnsetType = UNSET
+    retries_left: int | UnsetType = UNSET
+    error_type: str | UnsetType | None = UNSET
+    """The type of the last error, as its worker named it; null when it named none."""
+    due_at: datetime | UnsetType = UNSET
+    late_seconds: float | UnsetType = UNSET
+    maintained_seconds_ago: float | UnsetType | None = UNSET
+    workers: int | UnsetType = UNSET
+    last_worker: str | UnsetType | None = UNSET
+    last_seen_at: datetime | UnsetType | None = UNSET
+    ahead: int | UnsetType = UNSET
+    ahead_is_capped: bool | UnsetType = UNSET
+    """Whether so many or more are before it: no more were counted."""
+    since: datetime | UnsetType | None = UNSET
+    """Since when it is ready, or active."""
+    expires_at: datetime | UnsetType | None = UNSET
+    left_seconds: float | UnsetType = UNSET
+    worker: str | UnsetType | None = UNSET
+    heartbeat_at: datetime | UnsetType | None = UNSET
+    lease_expires_at: datetime | UnsetType = UNSET
+    overdue_seconds: float | UnsetType = UNSET
+    deadline_at: datetime | UnsetType | None = UNSET
+    """Where `timeout_seconds` ends the attempt."""
+    finished_at: datetime | UnsetType | None = UNSET
+    reason: str | UnsetType | None = UNSET
+
+
+class ExplainReply(msgspec.Struct):
+    """Why a job is not running."""
+
+    job_id: UUID
+    state: State
+    reasons: list[ReasonReply]
 
 
 class EventData(msgspec.Struct):
@@ -146,6 +193,26 @@ def router(service: Service) -> APIRouter:
             return json_response(JobReply.of(await service.job(asked)))
         job = await service.watching.ended(asked, query.wait_seconds, request.scope[GONE])
         return json_response(JobReply.of(job))
+
+    @routes.get(
+        "/jobs/{job_id}/explain",
+        tags=["Inspect"],
+        summary="Explain why a job is not running",
+        description=(
+            "In words, for people, and in data: each reason has a `code`, and the facts that go with it. The first one is"
+            " what holds the job now, the others would hold it then. An active job's reason says who has it, one that"
+            " has ended how."
+        ),
+        openapi_extra=answers(ExplainReply, "Why it is not running.", "not_found"),
+    )
+    async def explain_job(job_id: JobId) -> Response:
+        asked = job_id_of(job_id)
+        state, reasons = await service.explaining.explain(asked)
+        return json_response(
+            ExplainReply(
+                asked, state, [ReasonReply(each.code, each.message, **each.facts) for each in reasons]
+            )
+        )
 
     @routes.get(
         EVENTS_PATH,

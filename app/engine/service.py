@@ -18,6 +18,7 @@ from uuid_utils.compat import uuid7
 from app.engine.batching import Batcher
 from app.engine.copies import Copies
 from app.engine.cursors import Cursors
+from app.engine.explaining import Explaining
 from app.engine.leasing import Claims, LeaseRequest
 from app.engine.maintenance import Maintenance, copy_places, events_of, ready_places
 from app.engine.once import Once
@@ -73,6 +74,7 @@ from app.store.reads import Reads, WorkerSeen
 from app.store.redriving import StoredDeadLetters
 from app.store.retained import Retained
 from app.store.schedules import ScheduleStore
+from app.store.standing import Standing
 from app.store.workers import TOPIC as WORKERS
 from app.store.workers import StoredWorkers
 
@@ -208,6 +210,7 @@ class Service:
             maintenance_seconds,
         )
         self.once = Once(jobs, self._reads, observer, self.wakeups, self.maintenance, self._resolved)
+        self.explaining = Explaining(self._reads, Standing(database, jobs.clock), self._cursors, self.workers)
 
     async def start(self) -> None:
         """Begin to listen for hints and to do maintenance; the copies must have been loaded."""

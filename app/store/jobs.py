@@ -392,7 +392,7 @@ class Jobs:
             rows = await runner.fetch(
                 "lease",
                 self._clock(),
-                *_columns(stretches),
+                *columns(stretches),
                 len(slots),
                 slack,
                 [slot.lease_id for slot in slots],
@@ -421,7 +421,7 @@ class Jobs:
                 several = asked[part : part + LOOK_STRETCHES]
                 rows = await self._database.fetch(
                     "look",
-                    *_columns([stretch for stretch, _ in several]),
+                    *columns([stretch for stretch, _ in several]),
                     [limit for _, limit in several],
                     self._clock(),
                     line=_LINE[whole],
@@ -871,7 +871,8 @@ def _with_stored(call: Call, again: Answered, found: Mapping[UUID, Job]) -> Answ
     ]
 
 
-def _columns(stretches: Sequence[Stretch]) -> tuple[list[str], list[int], list[datetime], list[datetime]]:
+def columns(stretches: Sequence[Stretch]) -> tuple[list[str], list[int], list[datetime], list[datetime]]:
+    """Return stretches as statements take them: lines, priorities, from when and until when."""
     return (
         [
             stretch.line.queue if stretch.line.type is None else f"{stretch.line.queue}/{stretch.line.type}"

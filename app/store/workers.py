@@ -131,7 +131,7 @@ class StoredWorkers:
         )
         return [
             Poller(
-                None if row["name"].startswith(_NAMELESS) else row["name"],
+                name_of(row["name"]),
                 Directive(row["directive"]),
                 row["last_seen_at"],
             )
@@ -181,6 +181,11 @@ class StoredWorkers:
     def _now(self) -> ColumnElement[Any]:
         moved = self._clock()
         return func.now() if moved is None else literal(moved, TIMESTAMP(timezone=True))
+
+
+def name_of(key: str) -> str | None:
+    """Return the name of the worker that is kept under `key`; None when it does not tell."""
+    return None if key.startswith(_NAMELESS) else key
 
 
 def _key(sighting: Sighting) -> str:

@@ -334,6 +334,7 @@ async def look(call: Checked, job_ids: list[str]) -> None:
         await call("GET", "/jobs/{job_id}", job_id=job_id)
         await call("GET", "/jobs/{job_id}", "?wait_seconds=31", job_id=job_id)
         await call("GET", "/jobs/{job_id}/attempts", job_id=job_id)
+        await call("GET", "/jobs/{job_id}/explain", job_id=job_id)
     for query in ("", "?limit=2", "?state=failed&tag=a&error=Boom", "?limit=0"):
         await call("GET", "/jobs", query)
     for job_id in job_ids:

@@ -16,7 +16,7 @@ from uuid_utils.compat import uuid7
 
 from app.engine.cursors import Cursors
 from app.store.database import HOT_SETTINGS, Database, statement
-from app.store.jobs import _KEPT, BEGINNING, CLAIM_SLACKS, END, Jobs, Line
+from app.store.jobs import _KEPT, BEGINNING, CLAIM_SLACKS, END, Jobs, Line, columns
 from tests.conftest import TEMPLATE, _recreate, with_database
 from tests.store import conftest as store
 
@@ -486,6 +486,18 @@ class TestMaintaining:
         plan = await seeded.explain_text(*poll)
         plan.assert_reads_only_what_it_takes(3)
         assert plan.rows == (3 if seeded.ready else 0)
+
+
+async def test_an_explanation_counts_what_is_before_a_job_no_further_than_it_says(seeded: Seeded):
+    last = seeds("ready", max(seeded.ready, 1))[-1]
+    stretches = columns(Cursors().ahead([Line("q")]))
+    plan = await seeded.explain("explain", None, last, *stretches, BATCH, 60.0)
+    hot = [scan for scan in plan.scans() if scan[1] in HOT_TABLES]
+    assert hot
+    for kind, table, rows in hot:
+        assert kind in {"Index Scan", "Index Only Scan"}, (kind, table)
+        assert rows <= BATCH + 1, (kind, table, rows)
+    assert plan.rows == (1 if seeded.ready else 0)
 
 
 async def test_an_enqueue_reads_no_table(seeded: Seeded):
