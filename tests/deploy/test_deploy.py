@@ -157,7 +157,7 @@ def test_copied_paths_exist_and_dockerignore_admits_exactly_them(builder: Stage)
 
 def locked_distributions() -> set[str]:
     text = (ROOT / "requirements" / "service.txt").read_text(encoding="utf-8")
-    return set(re.findall(r"^([a-z0-9-]+)==", text, flags=re.MULTILINE))
+    return set(re.findall(r"^([a-z0-9-]+)(?:\[[^]]*\])?==", text, flags=re.MULTILINE))
 
 
 def imported_packages() -> Iterator[tuple[Path, str]]:
