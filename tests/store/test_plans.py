@@ -17,6 +17,7 @@ from uuid_utils.compat import uuid7
 from app.engine.cursors import Cursors
 from app.store.database import HOT_SETTINGS, Database, statement
 from app.store.jobs import _KEPT, BEGINNING, CLAIM_SLACKS, END, Jobs, Line, columns
+from app.store.redriving import Standing, StoredDeadLetters
 from tests.conftest import TEMPLATE, _recreate, with_database
 from tests.store import conftest as store
 
@@ -441,6 +442,35 @@ class TestEditing:
         )
         plan.assert_reads_only_what_it_takes(BATCH)
         assert plan.rows == (BATCH if seeded.ready else 0)
+
+
+class TestRedriving:
+    async def test_copies_are_looked_for_from_where_the_last_step_ended(
+        self, databases: dict[str, Seeded], seeded: Seeded
+    ):
+        now = datetime.now(UTC)
+        behind = Standing(5, now, UUID(int=0))
+
+        def look(jobs: Jobs) -> Awaitable[object]:
+            return StoredDeadLetters(jobs._database, jobs).copies("q", None, behind, now, BATCH)
+
+        copies = await asked(databases["empty_never_analysed"], look)
+        # All that is ready stands before it.
+        (await seeded.explain_text(*copies)).assert_reads_only_what_it_takes(1)
+
+    async def test_copies_are_moved_and_removed_by_look_ups(self, seeded: Seeded):
+        ids = seeds("ready")
+        anew = [uuid4() for _ in ids]
+        each = ["r"] * BATCH
+        statements: list[tuple[str, list[object]]] = [
+            ("lock_copies", [ids]),
+            ("move_ready", [ids, "r"]),
+            ("take_home", [None, ids, anew, each]),
+        ]
+        for name, values in statements:
+            plan = await seeded.explain(name, *values)
+            plan.assert_reads_only_what_it_takes(BATCH)
+            assert plan.rows == (BATCH if seeded.ready else 0)
 
 
 class TestMaintaining:
