@@ -107,6 +107,10 @@ class Job:
     reason: str | None = None
     last_error: Body | None = None
     result: Any = None
+    expires_at: datetime | None = None
+    unique: Body | None = None
+    progress: Body | None = None
+    checkpoint: Any = None
     attempts: list[Body] = field(default_factory=list)
     recorded: dict[str, tuple[str, Body]] = field(default_factory=dict)
     """By lease: the verb that ended it, and its answer."""
@@ -131,6 +135,10 @@ class Job:
             "reason": self.reason,
             "last_error": self.last_error,
             "result": self.result,
+            "expires_at": self.expires_at,
+            "unique": self.unique,
+            "progress": self.progress,
+            "checkpoint": self.checkpoint,
         }
 
     @property
@@ -147,7 +155,17 @@ class Job:
             "created_at": self.created_at,
             "run_at": self.run_at,
             "last_error": self.last_error,
+            "checkpoint": self.checkpoint,
         }
+
+    @property
+    def started(self) -> bool:
+        """Whether a worker has ever had it."""
+        return self.attempt > 0 or bool(self.attempts)
+
+    def missed(self, now: datetime) -> bool:
+        """Whether its start deadline has passed before its first attempt that counts."""
+        return self.attempt == 0 and self.expires_at is not None and self.expires_at <= now
 
     @property
     def all_attempts(self) -> list[Body]:
@@ -167,49 +185,108 @@ class Model:
 
     def __init__(self) -> None:
         self.jobs: list[Job] = []
+        self.paused: set[str] = set()
         self._created = 0
+        self._keys: dict[tuple[str, str], Job] = {}
+        """By queue and unique key: the job that took it last."""
+        self._calls: dict[str, tuple[Body, Job]] = {}
+        """By `Idempotency-Key`: the first call's body, and its job."""
+        self._requests: dict[str, list[tuple[Job, Lease]]] = {}
+        """By `request_id`: what the last lease under it got."""
 
     def job(self, job_id: str) -> Job | None:
         return next((job for job in self.jobs if job.id.value == job_id), None)
 
     # Producing
 
-    def enqueue(self, now: datetime, asked: Body) -> Answer:
-        due_at = max(now, asked.get("run_at") or now, now + seconds(asked.get("delay_seconds") or 0))
-        fields = {
+    def enqueue(self, now: datetime, asked: Body, key: str | None = None) -> Answer:
+        if key in self._calls:
+            first, job = self._calls[key]
+            return (
+                Answer(200, {**job.shown, "duplicate": True})
+                if first == asked
+                else refused(409, "idempotency_conflict")
+            )
+        answer, stored = self._enqueue(now, asked)
+        if key is not None and stored is not None:
+            self._calls[key] = asked, stored
+        return answer
+
+    def _enqueue(self, now: datetime, asked: Body) -> tuple[Answer, Job | None]:
+        unique = asked.get("unique")
+        holder = None if unique is None else self._holder(now, asked["queue"], unique["key"])
+        if holder is None:
+            self._created += 1
+            job = Job(Seen(), self._created, {}, {}, created_at=now, run_at=now, state="ready", since=now)
+            self.jobs.append(job)
+            self._fill(now, job, asked)
+            return Answer(201, job.shown), job
+        assert unique is not None
+        wish = unique.get("on_conflict", "return")
+        if wish == "reject":
+            return refused(409, "duplicate"), None
+        if wish == "return" or holder.state not in (*WAITING, *DELAYED):
+            return Answer(200, {**holder.shown, "duplicate": True}), holder
+        self._fill(now, holder, asked)
+        return Answer(200, {**holder.shown, "duplicate": True, "replaced": True}), holder
+
+    def _fill(self, now: datetime, job: Job, asked: Body) -> None:
+        """Give a job that no worker has the fields that were asked for, and the place that comes of them."""
+        job.fields = {
             "queue": asked["queue"],
             "type": asked.get("type", "default"),
             "payload": asked.get("payload"),
-            "priority": {"fast": 10, "normal": 5, "bulk": 1}.get(
-                asked.get("priority", 5), asked.get("priority", 5)
-            ),
+            "priority": priority_of(asked.get("priority", 5)),
             "lease_seconds": asked.get("lease_seconds", LEASE_SECONDS),
             "timeout_seconds": asked.get("timeout_seconds"),
             "max_retries": asked.get("max_retries", MAX_RETRIES),
             "tags": asked.get("tags", []),
             "metadata": asked.get("metadata", {}),
         }
-        self._created += 1
-        job = Job(
-            id=Seen(),
-            number=self._created,
-            fields=fields,
-            backoff={**BACKOFF, **asked.get("backoff", {})},
-            created_at=now,
-            run_at=due_at,
-            state="ready" if due_at <= now else "scheduled",
-            since=now,
-            due_at=due_at,
-        )
-        self.jobs.append(job)
-        return Answer(201, job.shown)
+        job.backoff = {**BACKOFF, **asked.get("backoff", {})}
+        job.expires_at = now + seconds(asked["expires_in_seconds"]) if "expires_in_seconds" in asked else None
+        due_at = max(now, asked.get("run_at") or now, now + seconds(asked.get("delay_seconds") or 0))
+        job.run_at = due_at
+        self._delay(now, job, due_at)
+        if unique := asked.get("unique"):
+            window = unique.get("window_seconds")
+            scope = unique.get("scope", "unfinished")
+            job.unique = {"key": unique["key"], "scope": scope, "window_seconds": window}
+            self._keys[asked["queue"], unique["key"]] = job
+
+    def _delay(self, now: datetime, job: Job, due_at: datetime) -> None:
+        """Let a job that waits be due then. One that is ready and stays it keeps its place."""
+        if due_at > now:
+            job.state = "retry" if job.state == "retry" else "scheduled"
+        elif job.state != "ready":
+            job.state, job.since = "ready", now
+        job.due_at = due_at
+
+    def _holder(self, now: datetime, queue: str, key: str) -> Job | None:
+        job = self._keys.get((queue, key))
+        if job is None or job not in self.jobs or job.unique is None:
+            return None
+        living = job.state not in TERMINAL
+        holds = {
+            "queued": living and job.lease is None and not job.started,
+            "unfinished": living,
+            "window": job.created_at + seconds(job.unique["window_seconds"] or 0) > now,
+        }
+        return job if holds[job.unique["scope"]] else None
 
     # Working
 
     def lease(self, now: datetime, asked: Body) -> Answer:
         settled = {"settled": self._settled(now, asked["settle"])} if asked.get("settle") else {}
-        taken = self.line(asked["queues"], asked.get("types"))[: asked.get("max_jobs", 1)]
-        return Answer(200, {"jobs": self.take(now, asked, taken), **settled})
+        earlier = self._requests.get(asked.get("request_id", ""), [])
+        standing = [job for job, lease in earlier if job.lease is lease]
+        if standing:
+            return Answer(200, {"jobs": [job.handed_out for job in standing], **settled})
+        taken = self.line(now, asked["queues"], asked.get("types"))[: asked.get("max_jobs", 1)]
+        told = self.take(now, asked, taken)
+        if "request_id" in asked:
+            self._requests[asked["request_id"]] = [(job, job.lease) for job in taken if job.lease is not None]
+        return Answer(200, {"jobs": told, **settled})
 
     def take(self, now: datetime, asked: Body, taken: Sequence[Job]) -> list[Body]:
         """Lease these jobs; return what the reply carries."""
@@ -228,13 +305,15 @@ class Model:
             job.attempt += 1
         return [job.handed_out for job in taken]
 
-    def line(self, queues: Sequence[str], types: Sequence[str] | None = None) -> list[Job]:
+    def line(self, now: datetime, queues: Sequence[str], types: Sequence[str] | None = None) -> list[Job]:
         """Return the jobs that may be leased, in the order in which they must be."""
         ready = [
             job
             for job in self.jobs
             if job.state == "ready"
+            and not job.missed(now)
             and job.fields["queue"] in queues
+            and job.fields["queue"] not in self.paused
             and (types is None or job.fields["type"] in types)
         ]
         return sorted(ready, key=lambda job: (-job.fields["priority"], job.since))
@@ -275,9 +354,11 @@ class Model:
             results.append({"job_id": item["job_id"], "status": status, **said})
         return results
 
-    def _heartbeat(self, now: datetime, _job: Job, lease: Lease, said: Body) -> Answer:
+    def _heartbeat(self, now: datetime, job: Job, lease: Lease, said: Body) -> Answer:
         wanted = now + seconds(said.get("extend_seconds", lease.seconds))
         lease.expires_at = max(lease.expires_at, min(wanted, lease.deadline_at or wanted))
+        job.progress = said.get("progress", job.progress)
+        job.checkpoint = said.get("checkpoint", job.checkpoint)
         told = {"lease_expires_at": lease.expires_at, "cancel_requested": lease.cancel_requested}
         return Answer(200, {**told, "directive": "continue"})
 
@@ -285,6 +366,7 @@ class Model:
         self._end_attempt(job, now, "acked")
         self._end(job, now, "completed", lease=lease)
         job.result = said.get("result")
+        job.progress = job.checkpoint = None
         return Answer(200, job.shown)
 
     def _fail(self, now: datetime, job: Job, lease: Lease, said: Body) -> Answer:
@@ -367,9 +449,77 @@ class Model:
             return refused(404, "not_found")
         if job.state not in DEAD:
             return refused(409, "wrong_state", job.state)
+        if job.unique is not None and self._needs_key(now, job):
+            key = job.fields["queue"], job.unique["key"]
+            holder = self._holder(now, *key)
+            if holder is not None and holder is not job:
+                return refused(409, "duplicate")
+            self._keys[key] = job
         job.state, job.since, job.run_at, job.budget_start = "ready", now, now, job.attempt
-        job.reason = job.worker = job.started_at = job.finished_at = None
+        job.reason = job.worker = job.started_at = job.finished_at = job.expires_at = None
         return Answer(200, job.shown)
+
+    def _needs_key(self, now: datetime, job: Job) -> bool:
+        """Whether a dead job that comes back would hold its key."""
+        assert job.unique is not None
+        if job.unique["scope"] == "window":
+            return bool(job.created_at + seconds(job.unique["window_seconds"]) > now)
+        return job.unique["scope"] == "unfinished" or not job.started
+
+    def edit(self, now: datetime, job_id: str, changes: Body) -> Answer:
+        job = self.job(job_id)
+        if job is None:
+            return refused(404, "not_found")
+        if job.state in ("active", "completed"):
+            return refused(409, "wrong_state", job.state)
+        if "delay_seconds" in changes:
+            due_at = now + seconds(changes["delay_seconds"])
+            if job.state in DEAD or (
+                job.attempt == 0 and job.expires_at is not None and job.expires_at < due_at
+            ):
+                return refused(422, "invalid")
+            # Whoever gets another time gets another place, too.
+            job.since = now
+            self._delay(now, job, due_at)
+            job.run_at = due_at
+        job.fields |= {name: changes[name] for name in ("payload", "type", "max_retries") if name in changes}
+        if "priority" in changes:
+            job.fields["priority"] = priority_of(changes["priority"])
+        return Answer(200, job.shown)
+
+    def bulk(self, now: datetime, verb: str, asked: Body) -> Answer:
+        """Take a verb for all jobs that match, the oldest first."""
+        allowed = {"retry": DEAD, "cancel": (*WAITING, *DELAYED, "active"), "delete": TERMINAL}[verb]
+        wanted = asked["filter"]
+        matching = [
+            job
+            for job in self.jobs
+            if job.state in allowed
+            and job.state in wanted.get("state", allowed)
+            and job.fields["queue"] in wanted.get("queue", [job.fields["queue"]])
+        ]
+        changed = 0
+        for job in [] if asked.get("dry_run") else matching:
+            then = now + timedelta(microseconds=changed) if verb == "retry" else now
+            answer = (
+                self.delete(job.id.value) if verb == "delete" else getattr(self, verb)(then, job.id.value)
+            )
+            if answer.status < 300:
+                changed += 1
+                if verb == "retry":
+                    job.run_at = now
+        return Answer(200, {"matched": len(matching), "changed": changed, "next_cursor": None})
+
+    def purge(self, queue: str) -> Answer:
+        gone = [
+            job for job in self.jobs if job.fields["queue"] == queue and job.state in (*WAITING, *DELAYED)
+        ]
+        self.jobs = [job for job in self.jobs if job not in gone]
+        return Answer(200, {"matched": len(gone), "changed": len(gone)})
+
+    def pause(self, queue: str, *, paused: bool) -> Answer:
+        (self.paused.add if paused else self.paused.discard)(queue)
+        return Answer(200, {"name": queue, "paused": paused})
 
     def delete(self, job_id: str) -> Answer:
         job = self.job(job_id)
@@ -392,6 +542,10 @@ class Model:
             outcome = "timed_out" if lease.deadline_at == lease.expires_at else "lease_expired"
             self._failed(now, job, lease, outcome=outcome, error={"type": outcome, "message": ANYTHING})
             touched.add(job)
+        for job in self.jobs:
+            if job.state in (*WAITING, *DELAYED) and job.missed(now):
+                self._end(job, now, "expired", "expired")
+                touched.add(job)
         # Delays are drawn by the service; what it shows after this step tells them.
         due = [job for job in self.jobs if job.state in DELAYED and latest(job.due_at) <= now]
         for place, job in enumerate(sorted(due, key=lambda job: (latest(job.due_at), job.number)), 1):
@@ -403,7 +557,12 @@ class Model:
         """Return the instants at which something becomes due."""
         leases = [job.lease.expires_at for job in self.jobs if job.lease is not None]
         delays = [latest(job.due_at) for job in self.jobs if job.state in DELAYED]
-        return sorted({*leases, *delays})
+        deadlines = [
+            job.expires_at
+            for job in self.jobs
+            if job.state in (*WAITING, *DELAYED) and job.expires_at is not None
+        ]
+        return sorted({*leases, *delays, *deadlines})
 
     # Looking
 
@@ -451,6 +610,11 @@ def latest(instant: Any) -> datetime:
     """Return the instant, or what is known of it."""
     known: datetime = instant.latest if isinstance(instant, Seen) else instant
     return known
+
+
+def priority_of(asked: Any) -> int:
+    named: int = {"fast": 10, "normal": 5, "bulk": 1}.get(asked, asked)
+    return named
 
 
 def seconds(count: float) -> timedelta:

@@ -41,10 +41,10 @@ QUEUES, TYPES, WORKERS = ("a", "b"), ("x", "y"), ("ann", "bob")
 TICK_SECONDS = 0.001
 """Between two steps that put jobs in line, so that no two have the same place."""
 REPLICAS = 2
-EXAMPLES = 60
+EXAMPLES = 80
 STEPS_MIN = 2000
 MINUTES = float(os.environ.get("MODEL_MINUTES", "0"))
-KEPT_TABLES = ("alembic_version", "maintenance")
+KEPT_TABLES = ("alembic_version", "maintenance", "changes")
 
 FEWER_DAYS = """
 DO $$ DECLARE day text; BEGIN
@@ -67,6 +67,11 @@ BACKOFF = st.fixed_dictionaries(
         "max_seconds": st.just(5),
     },
 )
+UNIQUE = st.builds(
+    lambda scope, on_conflict: {"key": "k", **scope, "on_conflict": on_conflict},
+    st.sampled_from([{"scope": "queued"}, {}, {"scope": "window", "window_seconds": 10}]),
+    st.sampled_from(["return", "reject", "replace", "replace"]),
+)
 JOB = st.builds(
     lambda job, when: {**job, **when},
     st.fixed_dictionaries(
@@ -77,6 +82,8 @@ JOB = st.builds(
             "lease_seconds": st.sampled_from([0.5, 5]),
             "timeout_seconds": st.sampled_from([1, 8]),
             "backoff": BACKOFF,
+            "expires_in_seconds": st.sampled_from([3, 20]),
+            "unique": UNIQUE,
         },
     ),
     # An instant is so many seconds from now.
@@ -95,6 +102,7 @@ class Call(NamedTuple):
     path: str
     body: Body | None
     model: Callable[[Model, datetime], Answer]
+    headers: dict[str, str] | None = None
 
 
 class Given(NamedTuple):
@@ -136,23 +144,29 @@ class Stage:
     async def clean(self) -> None:
         """Begin anew: no rows, nothing remembered, the same instant."""
         await self.connection.execute(";".join(f"DELETE FROM {table}" for table in self.tables))
+        await self.connection.execute("UPDATE changes SET number = number + 1")
         self.world.clock.set(self.begin)
         self.behind.clear()
         for replica in self.replicas:
             service = replica.machine.service
             service._cursors._lines.clear()
+            await service.copies.compare()
             maintenance = service.maintenance
             maintenance._reaping, maintenance._promoting, maintenance._folding = Reach(), Reach(), Reach()
             replica.events.events.clear()
 
     async def call(self, number: int, call: Call) -> httpx.Response:
-        return await self.replicas[number].http.request(call.method, call.path, json=call.body)
+        return await self.replicas[number].http.request(
+            call.method, call.path, json=call.body, headers=call.headers
+        )
 
     async def catch_up(self, number: int) -> None:
         """Let a replica look for what it has perhaps not heard of yet, as its poll does now and then."""
         if number in self.behind:
             self.behind.discard(number)
-            await self.replicas[number].machine.service.wakeups.look(everywhere=True)
+            service = self.replicas[number].machine.service
+            await service.wakeups.look(everywhere=True)
+            await service.copies.compare()
 
 
 class QueueMachine(RuleBasedStateMachine):
@@ -168,6 +182,8 @@ class QueueMachine(RuleBasedStateMachine):
         self.dead_workers: set[str | None] = set()
         self.touched: set[str] = set()
         self.names: dict[str, str] = {}
+        self.keyed: dict[str, tuple[Body, str]] = {}
+        """By `Idempotency-Key`: the first call under it, and its job."""
         self.last_replica = 0
         self.steps = 0
 
@@ -183,16 +199,37 @@ class QueueMachine(RuleBasedStateMachine):
 
     # Steps
 
-    @rule(replica=REPLICA, job=JOB)
-    def enqueue(self, replica: int, job: Body) -> None:
+    @rule(replica=REPLICA, job=JOB, key=st.sampled_from([None, None, "i", "j"]))
+    def enqueue(self, replica: int, job: Body, key: str | None = None) -> None:
         self.tick()
-        asked = {**job, "payload": {"n": len(self.names)}}
-        sent = dict(asked)
+        asked = {**job, "payload": {"n": self.steps}}
         if "run_at" in job:
             asked["run_at"] = self.now + timedelta(seconds=job["run_at"])
-            sent["run_at"] = asked["run_at"].isoformat()
-        answer = self.do(replica, Call("POST", "/jobs", sent, lambda model, now: model.enqueue(now, asked)))
-        self.touch(answer["id"])
+        self.post(replica, asked, key)
+
+    @precondition(lambda self: self.keyed)
+    @rule(replica=REPLICA, key=st.sampled_from(["i", "j"]), same=st.booleans())
+    def enqueue_again(self, replica: int, key: str, *, same: bool) -> None:
+        """Repeat a call under its `Idempotency-Key`, or misuse the key for another one."""
+        asked, job_id = self.keyed.get(key, ({}, ""))
+        if self.model.job(job_id) is not None:
+            self.tick()
+            self.post(replica, asked if same else {**asked, "max_retries": 9}, key)
+
+    def post(self, replica: int, asked: Body, key: str | None) -> None:
+        earlier = self.keyed.get(key or "")
+        if earlier is not None and self.model.job(earlier[1]) is None:
+            return  # its job has been deleted
+        sent = {
+            name: value.isoformat() if isinstance(value, datetime) else value for name, value in asked.items()
+        }
+        headers = {} if key is None else {"Idempotency-Key": key}
+        model = lambda model, now: model.enqueue(now, asked, key)  # noqa: E731
+        answer = self.do(replica, Call("POST", "/jobs", sent, model, headers))
+        if "id" in answer:
+            self.touch(answer["id"])
+            if key is not None:
+                self.keyed.setdefault(key, (asked, answer["id"]))
 
     @rule(
         replica=REPLICA,
@@ -201,6 +238,7 @@ class QueueMachine(RuleBasedStateMachine):
         types=st.sampled_from([None, None, ["x"], ["y", "x"]]),
         max_jobs=st.integers(1, 3),
         lease_seconds=st.sampled_from([None, None, 1, 10]),
+        request_id=st.sampled_from([None, None, None, "r", "s"]),
         settled=st.lists(st.tuples(VERB, st.integers(0, 9)), max_size=2),
     )
     def lease(
@@ -211,12 +249,14 @@ class QueueMachine(RuleBasedStateMachine):
         types: list[str] | None,
         max_jobs: int,
         lease_seconds: float | None,
+        request_id: str | None,
         settled: Sequence[tuple[str, int]],
     ) -> None:
         asked: Body = {"queues": queues, "max_jobs": max_jobs, "wait_seconds": 0}
         asked |= {} if types is None else {"types": types}
         asked |= {} if worker is None else {"worker": worker}
         asked |= {} if lease_seconds is None else {"lease_seconds": lease_seconds}
+        asked |= {} if request_id is None else {"request_id": request_id}
         if items := self.items(settled):
             self.tick()
             asked["settle"] = items
@@ -225,11 +265,16 @@ class QueueMachine(RuleBasedStateMachine):
         answer = self.do(replica, self.lease_call(asked))
         self.take(worker, answer)
 
-    @rule(replica=REPLICA, pick=PICK, stale=st.booleans(), extend=st.sampled_from([None, 0, 3, 60]))
-    def heartbeat(self, replica: int, pick: int, extend: float | None, *, stale: bool) -> None:
-        self.say(
-            replica, "heartbeat", pick, {} if extend is None else {"extend_seconds": extend}, stale=stale
-        )
+    @rule(
+        replica=REPLICA,
+        pick=PICK,
+        stale=st.booleans(),
+        extend=st.sampled_from([None, 0, 3, 60]),
+        tells=st.sampled_from([{}, {}, {"progress": {"percent": 5, "message": None}}, {"checkpoint": [7]}]),
+    )
+    def heartbeat(self, replica: int, pick: int, extend: float | None, tells: Body, *, stale: bool) -> None:
+        said = tells | ({} if extend is None else {"extend_seconds": extend})
+        self.say(replica, "heartbeat", pick, said, stale=stale)
 
     @rule(replica=REPLICA, pick=PICK, stale=st.booleans(), result=st.sampled_from([None, [1]]))
     def ack(self, replica: int, pick: int, result: Any, *, stale: bool) -> None:
@@ -291,6 +336,66 @@ class QueueMachine(RuleBasedStateMachine):
         self.do(replica, call)
         self.touch(job_id)
 
+    @precondition(lambda self: self.names)
+    @rule(
+        replica=REPLICA,
+        pick=PICK,
+        likely=st.booleans(),
+        changes=st.fixed_dictionaries(
+            {"payload": st.just("edited")},
+            optional={
+                "type": st.sampled_from(TYPES),
+                "priority": st.sampled_from(["fast", 2]),
+                "max_retries": st.integers(0, 2),
+                "delay_seconds": st.sampled_from([0, 2, 8]),
+            },
+        ),
+    )
+    def edit(self, replica: int, pick: int, changes: Body, *, likely: bool) -> None:
+        if self.model.jobs:
+            self.tick()
+            job_id = self.some_job(pick, "edit", likely=likely)
+            self.touch(job_id)
+            call = Call(
+                "PATCH", f"/jobs/{job_id}", changes, lambda model, now: model.edit(now, job_id, changes)
+            )
+            self.do(replica, call)
+
+    @rule(
+        replica=REPLICA,
+        verb=st.sampled_from(["retry", "cancel", "delete"]),
+        wanted=st.sampled_from(
+            [
+                {"queue": ["a"]},
+                {"queue": ["b"]},
+                {"queue": ["a", "b"], "state": ["failed", "retry", "completed"]},
+            ]
+        ),
+        dry_run=st.booleans(),
+    )
+    def bulk(self, replica: int, verb: str, wanted: Body, *, dry_run: bool) -> None:
+        self.tick()
+        asked = {"filter": wanted, "dry_run": dry_run}
+        self.touch_all()
+        self.do(
+            replica, Call("POST", f"/jobs/{verb}", asked, lambda model, now: model.bulk(now, verb, asked))
+        )
+
+    @rule(replica=REPLICA, queue=st.sampled_from(QUEUES), verb=st.sampled_from(["pause", "resume", "resume"]))
+    def pause_or_resume(self, replica: int, queue: str, verb: str) -> None:
+        path = f"/queues/{queue}/{verb}"
+        self.do(
+            replica, Call("POST", path, None, lambda model, _: model.pause(queue, paused=verb == "pause"))
+        )
+
+    @rule(replica=REPLICA, queue=st.sampled_from(QUEUES))
+    def purge(self, replica: int, queue: str) -> None:
+        if any(job.fields["queue"] == queue for job in self.model.jobs):
+            self.touch_all()
+            self.do(
+                replica, Call("POST", f"/queues/{queue}/purge", None, lambda model, _: model.purge(queue))
+            )
+
     @precondition(lambda self: self.given)
     @rule(
         verbs=st.lists(
@@ -322,7 +427,7 @@ class QueueMachine(RuleBasedStateMachine):
             for most, worker in zip(max_jobs, WORKERS, strict=True)
         ]
         self.dead_workers -= set(WORKERS)
-        first = self.model.line(QUEUES)[: sum(max_jobs)]
+        first = self.model.line(self.now, QUEUES)[: sum(max_jobs)]
         answers = self.call_at_once(calls)
         assert {job["id"] for answer in answers for job in answer["jobs"]} == {job.id.value for job in first}
         for worker, call, answer in zip(WORKERS, calls, answers, strict=True):
@@ -543,11 +648,13 @@ class QueueMachine(RuleBasedStateMachine):
 
     def some_job(self, pick: int, verb: str, *, likely: bool) -> str:
         """Return a job: any, or one that most likely may be told this."""
-        fitting = {
-            "cancel": ("ready", "scheduled", "retry", "active"),
-            "retry": ("failed", "cancelled", "expired"),
-        }
-        states = fitting.get(verb, ("completed", "failed", "cancelled", "expired"))
+        dead, waiting = ("failed", "cancelled", "expired"), ("ready", "scheduled", "retry")
+        states = {
+            "cancel": (*waiting, "active"),
+            "retry": dead,
+            "edit": (*waiting, *dead),
+            "delete": (*dead, "completed"),
+        }[verb]
         among = [job for job in self.model.jobs if job.state in states] if likely else []
         job_id: str = (among or self.model.jobs)[pick % len(among or self.model.jobs)].id.value
         return job_id
@@ -555,6 +662,10 @@ class QueueMachine(RuleBasedStateMachine):
     def touch(self, job_id: str) -> None:
         self.names.setdefault(job_id, f"job {len(self.names) + 1}")
         self.touched.add(job_id)
+
+    def touch_all(self) -> None:
+        for job in self.model.jobs:
+            self.touch(job.id.value)
 
     def short(self, text: str) -> str:
         for long, name in self.names.items():
