@@ -151,8 +151,10 @@ class Stage:
             service = replica.machine.service
             service._cursors._lines.clear()
             await service.copies.compare()
-            maintenance = service.maintenance
-            maintenance._reaping, maintenance._promoting, maintenance._folding = Reach(), Reach(), Reach()
+            reaches = [name for name, value in vars(service.maintenance).items() if isinstance(value, Reach)]
+            assert reaches
+            for name in reaches:
+                setattr(service.maintenance, name, Reach())
             replica.events.events.clear()
 
     async def call(self, number: int, call: Call) -> httpx.Response:
@@ -207,7 +209,6 @@ class QueueMachine(RuleBasedStateMachine):
             asked["run_at"] = self.now + timedelta(seconds=job["run_at"])
         self.post(replica, asked, key)
 
-    @precondition(lambda self: self.keyed)
     @rule(replica=REPLICA, key=st.sampled_from(["i", "j"]), same=st.booleans())
     def enqueue_again(self, replica: int, key: str, *, same: bool) -> None:
         """Repeat a call under its `Idempotency-Key`, or misuse the key for another one."""
@@ -296,7 +297,6 @@ class QueueMachine(RuleBasedStateMachine):
     def release(self, replica: int, pick: int, delay: float, *, stale: bool) -> None:
         self.say(replica, "release", pick, {"delay_seconds": delay} if delay else {}, stale=stale)
 
-    @precondition(lambda self: self.given)
     @rule(
         replica=REPLICA,
         words=st.lists(
@@ -313,7 +313,6 @@ class QueueMachine(RuleBasedStateMachine):
         call = Call("POST", "/settle", {"items": items}, lambda model, now: model.settle(now, items))
         self.do(replica, call)
 
-    @precondition(lambda self: self.names)
     @rule(
         replica=REPLICA,
         pick=PICK,
@@ -326,7 +325,6 @@ class QueueMachine(RuleBasedStateMachine):
         self.tick()
         self.do(replica, self.operate_call(verb, self.some_job(pick, verb, likely=likely)))
 
-    @precondition(lambda self: self.names)
     @rule(replica=REPLICA, pick=PICK, likely=st.booleans())
     def delete(self, replica: int, pick: int, *, likely: bool) -> None:
         if not self.model.jobs:
@@ -336,7 +334,6 @@ class QueueMachine(RuleBasedStateMachine):
         self.do(replica, call)
         self.touch(job_id)
 
-    @precondition(lambda self: self.names)
     @rule(
         replica=REPLICA,
         pick=PICK,
@@ -396,7 +393,6 @@ class QueueMachine(RuleBasedStateMachine):
                 replica, Call("POST", f"/queues/{queue}/purge", None, lambda model, _: model.purge(queue))
             )
 
-    @precondition(lambda self: self.given)
     @rule(
         verbs=st.lists(
             st.sampled_from(["ack", "fail", "release", "heartbeat", "cancel"]), min_size=2, max_size=2
@@ -459,7 +455,6 @@ class QueueMachine(RuleBasedStateMachine):
             self.touch(job.id.value)
         self.acted(replica)
 
-    @precondition(lambda self: self.given)
     @rule(worker=st.sampled_from([*WORKERS, None]))
     def worker_dies(self, worker: str | None) -> None:
         self.dead_workers.add(worker)
