@@ -1,6 +1,8 @@
 """The command line: `python -m app serve | migrate | maintain | openapi`."""
 
 import asyncio
+import atexit
+import gc
 import signal
 import sys
 from collections.abc import Callable, Coroutine, Iterator
@@ -23,6 +25,9 @@ from app.telemetry import configure_logging
 T = TypeVar("T")
 
 OPENAPI_FILE = Path(__file__).resolve().parents[1] / "openapi.yaml"
+
+# The collection at the interpreter's very end now and then crashes in msgspec's types (0.22): spare it the work.
+atexit.register(gc.freeze)
 
 cli = typer.Typer(
     name="leaseq",
