@@ -673,7 +673,7 @@ async def test_any_body_is_taken_or_refused_clearly(queue: Replica, asked: tuple
             taken = await queue.lease(job["queue"], max_jobs=1000)
             assert job["payload"] in [each["payload"] for each in taken if each["id"] == job["id"]]
     elif verb == "lease":
-        assert set(answer.json()) == {"jobs"}
+        assert set(answer.json()) == {"jobs", "directive"}
 
 
 @pytest.mark.slow

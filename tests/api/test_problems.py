@@ -77,7 +77,7 @@ async def test_a_path_that_leads_nowhere_is_not_found_for_every_method(queue: Re
     [
         ("/jobs", {"GET", "POST"}),
         ("/lease", {"POST"}),
-        (f"/jobs/{LEASE_ID}", {"GET", "DELETE"}),
+        (f"/jobs/{LEASE_ID}", {"GET", "PATCH", "DELETE"}),
         (f"/jobs/{LEASE_ID}/ack", {"POST"}),
         ("/stats", {"GET"}),
         ("/metrics", {"GET"}),
