@@ -231,7 +231,7 @@ BAD_FIELDS: dict[str, dict[str, list[tuple[str, Any]]]] = {
         ],
         "priority": [
             ("priority", value)
-            for value in [-1, 11, 10**30, -(10**30), 5.5, "5", "urgent", "FAST", None, True, [], {}]
+            for value in [-1, 11, 10**30, -(10**30), 5.5, "5", "urgent", "FAST", True, [], {}]
         ],
         "max_retries": [("max_retries", value) for value in [-1, 10_001, 10**30, 1.5, "3", True, []]],
         "times": [
