@@ -74,7 +74,7 @@ async def test_leases_at_the_same_time_never_share_a_job(queue: Replica):
 
 async def test_nothing_to_do_is_an_empty_list(queue: Replica):
     answer = await queue.http.post("/lease", json={"queues": ["never-seen"], "wait_seconds": 0})
-    assert (answer.status_code, answer.json()) == (200, {"jobs": []})
+    assert (answer.status_code, answer.json()) == (200, {"jobs": [], "directive": "continue"})
 
 
 @pytest.mark.parametrize("max_jobs", [1, 10])
