@@ -8,9 +8,13 @@ import pytest
 from structlog.testing import capture_logs
 from structlog.typing import EventDict
 
+from app.engine.copies import Copies
 from app.engine.maintenance import Maintenance
 from app.engine.running import Component, TaskOwner
+from app.engine.streams import Streams
 from app.engine.wakeup import Wakeups
+from app.engine.watching import Watching
+from app.engine.workers import Workers
 from app.telemetry import Showing
 from tests.conftest import Replica
 
@@ -84,7 +88,7 @@ async def start_and_stop(component: Component, chance: random.Random) -> None:
 
 def test_every_component_of_the_service_is_tested_here() -> None:
     ours = {each for each in Component.__subclasses__() if each.__module__.startswith("app.")}
-    assert ours == {Wakeups, Maintenance, Showing}
+    assert ours == {Wakeups, Maintenance, Showing, Copies, Workers, Watching, Streams}
 
 
 @pytest.mark.parametrize(
@@ -92,6 +96,10 @@ def test_every_component_of_the_service_is_tested_here() -> None:
     [
         pytest.param(lambda queue: queue.machine.service.wakeups, id="Wakeups"),
         pytest.param(lambda queue: queue.machine.service.maintenance, id="Maintenance"),
+        pytest.param(lambda queue: queue.machine.service.copies, id="Copies"),
+        pytest.param(lambda queue: queue.machine.service.workers, id="Workers"),
+        pytest.param(lambda queue: queue.machine.service.watching, id="Watching"),
+        pytest.param(lambda queue: queue.machine.service.streams, id="Streams"),
     ],
 )
 async def test_component_of_the_service_survives_starts_and_stops_of_many_tasks(

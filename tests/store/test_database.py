@@ -1,6 +1,7 @@
 """The connections: what DATABASE_URL may say, the sessions' settings, and what a fault becomes."""
 
 import asyncio
+import re
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
@@ -10,6 +11,7 @@ from sqlalchemy import text
 
 from app.queue.errors import UnavailableError
 from app.store import database as database_module
+from app.store import schedules
 from app.store.database import (
     HOT_SETTINGS,
     SQL_DIRECTORY,
@@ -70,20 +72,33 @@ async def database(world: World) -> Any:
 
 
 NAMES = sorted(path.stem for path in SQL_DIRECTORY.glob("*.sql"))
+PARTS = {
+    "line": "r.queue",
+    "shown": "*",
+    "place": "ready",
+    "state": "'ready'",
+    "kept": ", ".join(f"body.{column}" for column in BODY_COLUMNS),
+    "then": "",
+    "then_value": "",
+    "of_group": "",
+    "schedule": schedules._SCHEDULE,
+    "which": schedules._ONE,
+}
+"""What the store puts in the place of those names."""
 
 
 class TestStatements:
     @pytest.mark.parametrize("name", NAMES)
     def test_have_every_placeholder_filled_in(self, name: str):
-        filled = statement(name, 'we"ird', line="r.queue", shown="*")
-        assert "{" not in filled
+        filled = statement(name, 'we"ird', **PARTS)
+        assert re.findall(r"\{[a-z_.]+\}", filled) == []
         if "{schema}" in (SQL_DIRECTORY / f"{name}.sql").read_text():
             assert '"we""ird".' in filled
 
     @pytest.mark.parametrize("name", NAMES)
     async def test_are_understood_by_the_server(self, database: Database, name: str):
         async with database.hot.acquire() as connection:
-            await connection.prepare(statement(name, "leaseq", line="r.queue", shown="*"))
+            await connection.prepare(statement(name, "leaseq", **PARTS))
 
     async def test_carry_every_column_of_a_body(self, world: World):
         connection = await world.connect()
