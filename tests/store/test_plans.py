@@ -316,7 +316,7 @@ class TestLease:
 
 class TestSettling:
     async def test_an_ack_looks_its_jobs_up(self, seeded: Seeded):
-        ack = statement("ack", "leaseq", shown="*", kept=_KEPT)
+        ack = statement("ack", "leaseq", shown="*", kept=_KEPT, then="", then_value="")
         plan = await seeded.explain_text(ack, None, seeds("leases"), tokens(), [b"1"] * BATCH, ["q"])
         plan.assert_reads_only_what_it_takes(BATCH)
         assert plan.rows == (BATCH if seeded.ready else 0)
