@@ -80,7 +80,10 @@ class Settings(BaseSettings):
         default=256 * 1024, ge=1, le=64 * 1024**2, description="largest payload or result"
     )
     max_body_bytes: int = Field(
-        default=16 * 1024**2, ge=1024, le=256 * 1024**2, description="largest request body"
+        default=16 * 1024**2,
+        ge=1024,
+        le=256 * 1024**2,
+        description="largest request body; where one job is meant, its payload and 64 KiB are",
     )
     max_lease_waiters: int = Field(
         default=10_000, ge=1, description="leases that may wait at once, shared out between the processes"

@@ -220,7 +220,7 @@ def router(service: Service) -> APIRouter:
         summary="Listen to what happens to jobs",
         description=(
             "Server-sent events: `job.enqueued`, `job.leased`, `job.progress`, `job.completed`, `job.retry`,"
-            " `job.released`, `job.failed`, `job.cancelled`, `job.expired`, each with `id`, `queue`, `type`, `state`"
+            " `job.released`, `job.failed`, `job.cancelled`, `job.expired`, `job.replaced`, each with `id`, `queue`, `type`, `state`"
             " and `at` as JSON. They are hints, not a log: where something is missing an event `reset` says so, and"
             " whoever needs to know looks for himself. A comment comes every 15 seconds when nothing else does."
         ),

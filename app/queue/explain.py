@@ -315,7 +315,7 @@ def _line(facts: Facts) -> Reason:
     }
     waited = "" if facts.since is None else f", ready for {span(_seconds(facts.since, facts.now))}"
     if not facts.ahead:
-        message = f"It is the first in line in its queue (priority {facts.priority}{waited}): the next lease takes it."
+        message = f"It is the first in line in its queue (priority {facts.priority}{waited}): the next lease that may take it does."
     else:
         many = f"{facts.ahead_max}+" if is_capped else str(facts.ahead)
         jobs = "job is" if facts.ahead == 1 else "jobs are"
