@@ -135,7 +135,8 @@ class Workers(Component):
             try:
                 for begin in range(0, len(sightings), WRITE_BATCH):
                     new += await self._stored.saw(sightings[begin : begin + WRITE_BATCH])
-            except UnavailableError:
+            except BaseException:
+                # Whatever it was: who has been heard of is not forgotten for it.
                 self._heard_of = dict(itertools.islice((heard_of | self._heard_of).items(), WORKERS_MAX))
                 raise
             # New ones may be some too many.

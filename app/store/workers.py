@@ -57,8 +57,9 @@ class StoredWorkers:
 
     async def saw(self, sightings: Sequence[Sighting]) -> int:
         """Note who has been heard of; return how many of them are new."""
-        # In one order, so that processes that have heard of the same ones do not wait for each other in a circle.
-        by_name = sorted((_key(sighting), sighting) for sighting in sightings)
+        # Each once: those without a name are the same when they ask for the same, in whatever order. And all in one
+        # order, so that processes that have heard of the same ones do not wait for each other in a circle.
+        by_name = sorted({_key(sighting): sighting for sighting in sightings}.items())
         rows = await self._database.fetch(
             "saw_workers",
             self._clock(),

@@ -5,6 +5,7 @@ from datetime import datetime
 from typing import Any
 from urllib.parse import quote
 
+import asyncpg
 import httpx
 import pytest
 
@@ -121,6 +122,17 @@ class TestRegister:
         await written(queue)
         assert await listed(queue) == []
 
+    async def test_leases_without_a_name_that_ask_for_the_same_in_another_order_are_one(
+        self, queue: Replica, world: World
+    ):
+        for queues in (["a", "b"], ["b", "a"]):
+            for types in (["x", "y"], ["y", "x"], None):
+                await queue.lease(*queues, types=types)
+        await queue.lease("a", worker="w")
+        assert (await tell(queue, "quiet"))["directive"] == "quiet"
+        connection = await world.connect()
+        assert await connection.fetchval("SELECT count(*) FROM workers") == 3
+
     async def test_a_lease_writes_nothing_by_itself(self, queue: Replica, world: World):
         await queue.lease(worker="w")
         connection = await world.connect()
@@ -149,6 +161,16 @@ class TestRegister:
             )
             assert isinstance((await asyncio.gather(writing, return_exceptions=True))[0], Exception)
         assert await listed(queue) == []
+        await written(queue)
+        assert await names(queue) == ["w"]
+
+    async def test_nothing_heard_is_lost_by_an_error_that_is_no_outage(self, queue: Replica, world: World):
+        await queue.lease(worker="w")
+        connection = await world.connect()
+        await connection.execute("ALTER TABLE workers ADD CONSTRAINT nobody CHECK (name = '')")
+        with pytest.raises(asyncpg.CheckViolationError):
+            await written(queue)
+        await connection.execute("ALTER TABLE workers DROP CONSTRAINT nobody")
         await written(queue)
         assert await names(queue) == ["w"]
 
