@@ -109,7 +109,7 @@ def edit(job: Editable, wanted: JobEdit, now: datetime) -> Edited:
         if (is_new or due_at is not None) and expires_at < (due_at or max(now, job.run_at)):
             raise InvalidRequestError("expires_at", DEADLINE_TOO_EARLY)
     dead_letter_queue = _of(wanted.dead_letter_queue, job.dead_letter_queue)
-    if dead_letter_queue is not None:
+    if dead_letter_queue is not None and dead_letter_queue != job.dead_letter_queue:
         check_dead_letter_queue(job.queue, dead_letter_queue)
     return Edited(
         id=job.id,

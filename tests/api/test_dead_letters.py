@@ -456,6 +456,19 @@ async def test_copies_go_elsewhere_as_they_are(queue: Replica):
     assert (await queue.lease_one("elsewhere"))["source"]["job_id"] == original["id"]
 
 
+async def test_who_goes_to_its_own_dead_letter_queue_has_none_there(queue: Replica):
+    failed = await failed_job(queue, dead_letter_queue="dlq")
+    await queue.http.put("/queues/dlq", json={"dead_letter_queue": "second"})
+    copied = await failed_job(queue, "other", dead_letter_queue="dlq")
+    [copy] = [job for job in await copies(queue) if job["source"]["job_id"] == copied["id"]]
+    assert copy["dead_letter_queue"] == "second"
+    assert await redrive(queue, "dlq", to="second") == (2, 2)
+    assert await redrive(queue, "q", to="dlq") == (1, 1)
+    for job_id in (failed["id"], copy["id"]):
+        assert (await queue.job(job_id))["dead_letter_queue"] is None
+        assert (await queue.http.patch(f"/jobs/{job_id}", json={"priority": 1})).status_code == 200
+
+
 async def test_a_redrive_onto_a_taken_key_is_not_made(queue: Replica):
     unique = {"key": "k"}
     failed = await failed_job(queue, unique=unique, dead_letter_queue="dlq")

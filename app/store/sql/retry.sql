@@ -1,6 +1,7 @@
 -- Bring dead jobs ($2) back, if they are in one of these states ($3), each with a fresh retry budget: attempts go on
--- counting, the history stays. A start deadline has had its effect and is dropped. The first of them stands first in
--- line. No row comes back for a job that is in no such state.
+-- counting, the history stays. A start deadline has had its effect and is dropped, and so is a dead letter queue that a
+-- redrive has made a job's own. The first of them stands first in line. No row comes back for a job that is in no such
+-- state.
 WITH risen AS (
   DELETE FROM {schema}.dead WHERE id = ANY ($2::uuid[]) AND state = ANY ($3::text[])
   RETURNING {body}, state, attempt, {note}, num_nonnulls({note}) > 0 AS noted
@@ -15,8 +16,8 @@ WITH risen AS (
           budget_start, concurrency_key, unique_key, dead_letter_queue, traceparent, tags, metadata, source, payload,
           unique_scope, unique_window_seconds)
   SELECT id, created_at, queue, type, priority, coalesce($1::timestamptz, now()), lease_seconds, timeout_seconds,
-         max_retries, backoff, attempt, concurrency_key, unique_key, dead_letter_queue, traceparent, tags, metadata,
-         source, payload, unique_scope, unique_window_seconds
+         max_retries, backoff, attempt, concurrency_key, unique_key, nullif(dead_letter_queue, queue), traceparent,
+         tags, metadata, source, payload, unique_scope, unique_window_seconds
     FROM risen
 ), note AS (
   INSERT INTO {schema}.notes (job_id, {note}) SELECT id, {note} FROM risen WHERE noted
