@@ -2,8 +2,9 @@
 
 import base64
 import hashlib
+from collections.abc import Sequence
 from datetime import datetime
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 from uuid import UUID
 
 from msgspec import UNSET, Meta, Raw, Struct, UnsetType
@@ -43,8 +44,10 @@ NAMES_MAX = 100
 IDS_MAX = 1000
 TEXT_LENGTH_MAX = 256
 
+T = TypeVar("T")
 Text = Annotated[str, Meta(max_length=TEXT_LENGTH_MAX)]
-Names = Annotated[list[Name], Meta(max_length=NAMES_MAX, description="any of them")]
+# An empty list is more likely a caller's slip than a wish for all.
+Names = Annotated[list[Name], Meta(min_length=1, max_length=NAMES_MAX, description="any of them")]
 
 
 class EditBody(Struct, forbid_unknown_fields=True):
@@ -105,10 +108,10 @@ class EditBody(Struct, forbid_unknown_fields=True):
 class FilterBody(Struct, forbid_unknown_fields=True):
     """Which jobs: those that match everything that is named."""
 
-    ids: Annotated[list[str], Meta(max_length=IDS_MAX)] = []
-    state: Annotated[list[State], Meta(description="any of them")] | State = []
-    queue: Names | Name = []
-    type: Names | Name = []
+    ids: Annotated[list[str], Meta(min_length=1, max_length=IDS_MAX)] | UnsetType = UNSET
+    state: Annotated[list[State], Meta(min_length=1, description="any of them")] | State | UnsetType = UNSET
+    queue: Names | Name | UnsetType = UNSET
+    type: Names | Name | UnsetType = UNSET
     tag: Text | None = None
     worker: Text | None = None
     error: (
@@ -127,8 +130,8 @@ class FilterBody(Struct, forbid_unknown_fields=True):
             if text is not None:
                 check_clean(f"filter.{field}", text)
         return JobFilter(
-            ids=_ids_of(self.ids),
-            states=(self.state,) if isinstance(self.state, State) else tuple(self.state),
+            ids=_ids_of(_all_of(self.ids)),
+            states=_all_of(self.state),
             queues=queues,
             types=types,
             tag=self.tag,
@@ -243,11 +246,13 @@ def _position(cursor: str | None, mark: bytes) -> Position | None:
     return position
 
 
-def _all_of(names: list[str] | str) -> tuple[str, ...]:
-    return (names,) if isinstance(names, str) else tuple(names)
+def _all_of(named: list[T] | T | UnsetType) -> tuple[T, ...]:
+    if isinstance(named, UnsetType):
+        return ()
+    return tuple(named) if isinstance(named, list) else (named,)
 
 
-def _ids_of(texts: list[str]) -> tuple[UUID, ...]:
+def _ids_of(texts: Sequence[str]) -> tuple[UUID, ...]:
     try:
         return tuple(job_id_of(text) for text in texts)
     except JobNotFoundError:

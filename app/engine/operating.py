@@ -196,16 +196,18 @@ class Operating:
     def _change(self, verb: BulkVerb, wanted: JobFilter, changes: JobEdit | None) -> Change:
         match verb:
             case BulkVerb.CANCEL:
-                return self._cancel
+                return lambda ids: self._cancel(ids, wanted.states)
             case BulkVerb.DELETE:
                 return lambda ids: self._delete(ids, wanted.states)
             case BulkVerb.UPDATE if changes is not None:
-                return lambda ids: self._edit(ids, _lenient(changes))
+                return lambda ids: self._edit(ids, _lenient(changes, wanted.states))
             case _:
                 return lambda ids: self._retry_free(ids, wanted.states)
 
-    async def _cancel(self, job_ids: Sequence[UUID]) -> Sequence[Moved]:
-        moved = await self._jobs.cancel(job_ids)
+    async def _cancel(
+        self, job_ids: Sequence[UUID], states: Sequence[State] = tuple(CANCELLABLE)
+    ) -> Sequence[Moved]:
+        moved = await self._jobs.cancel(job_ids, states)
         for each in moved:
             self._tell(CancelRequested if each.state is State.ACTIVE else JobCancelled, each)
         return moved
@@ -275,10 +277,12 @@ class Operating:
         raise UnavailableError(message)
 
 
-def _lenient(changes: JobEdit) -> Callable[[Editable, datetime], Edited | None]:
-    """Return the rule for many: a job that can not take the changes is left as it is."""
+def _lenient(changes: JobEdit, states: Sequence[State]) -> Callable[[Editable, datetime], Edited | None]:
+    """Return the rule for many: a job that is in another state, or can not take the changes, is left as it is."""
 
     def decide(job: Editable, now: datetime) -> Edited | None:
+        if job.state not in states:
+            return None
         try:
             return edit(job, changes, now)
         except QueueError:

@@ -22,7 +22,7 @@ from app.queue.dead_letters import Copy, copy_of
 from app.queue.editing import Editable, Edited
 from app.queue.errors import DuplicateJobError, UnavailableError
 from app.queue.groups import error_group
-from app.queue.lifecycle import RETRIABLE, TERMINAL, State
+from app.queue.lifecycle import CANCELLABLE, RETRIABLE, TERMINAL, State
 from app.queue.model import (
     Ack,
     Backoff,
@@ -552,12 +552,12 @@ class Jobs:
         expired = [Expired(row["id"], row["queue"], row["type"]) for row in rows if row["id"] is not None]
         return expired, rows[0]["now"]
 
-    async def cancel(self, job_ids: Sequence[UUID]) -> list[Moved]:
-        """Cancel waiting jobs, or ask for the end of active ones (then the state left is ACTIVE).
+    async def cancel(self, job_ids: Sequence[UUID], states: Collection[State] = CANCELLABLE) -> list[Moved]:
+        """Cancel waiting jobs in these states, or ask for the end of active ones (then the state left is ACTIVE).
 
         Here and below: returns those that it has moved.
         """
-        return _moved(await self._database.fetch("cancel", self._clock(), job_ids))
+        return _moved(await self._database.fetch("cancel", self._clock(), job_ids, list(states)))
 
     async def retry(
         self, job_ids: Sequence[UUID], states: Collection[State] = RETRIABLE

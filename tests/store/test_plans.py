@@ -377,7 +377,7 @@ class TestSettling:
 class TestOperating:
     @pytest.mark.parametrize("place", PLACES)
     async def test_a_cancel_looks_its_job_up(self, seeded: Seeded, place: str):
-        plan = await seeded.explain("cancel", None, seeds(place, 1))
+        plan = await seeded.explain("cancel", None, seeds(place, 1), ["ready", "scheduled", "active"])
         plan.assert_reads_only_what_it_takes(1)
         assert plan.rows == (1 if seeded.ready else 0)
 

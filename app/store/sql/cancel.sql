@@ -1,12 +1,16 @@
--- Cancel jobs ($2) that wait, or ask for the end of active ones. No row comes back for a job that is neither, or that
--- another transaction has moved since this statement began: the caller looks again then.
+-- Cancel jobs ($2) that wait, or ask for the end of active ones, if they are in one of these states ($3). No row comes
+-- back for a job that is in none of them, or that another transaction has moved since this statement began: the caller
+-- looks again then.
 WITH waiting AS (
-  DELETE FROM {schema}.ready WHERE id = ANY ($2::uuid[]) RETURNING id, queue, type, attempt, noted, 'ready' AS state
+  DELETE FROM {schema}.ready WHERE id = ANY ($2::uuid[]) AND 'ready' = ANY ($3::text[])
+  RETURNING id, queue, type, attempt, noted, 'ready' AS state
 ), delayed AS (
-  DELETE FROM {schema}.scheduled WHERE id = ANY ($2::uuid[])
+  DELETE FROM {schema}.scheduled
+   WHERE id = ANY ($2::uuid[]) AND CASE WHEN is_retry THEN 'retry' ELSE 'scheduled' END = ANY ($3::text[])
   RETURNING id, queue, type, attempt, noted, CASE WHEN is_retry THEN 'retry' ELSE 'scheduled' END AS state
 ), asked AS (
-  UPDATE {schema}.leases SET cancel_requested = true WHERE id = ANY ($2::uuid[])
+  UPDATE {schema}.leases SET cancel_requested = true
+   WHERE id = ANY ($2::uuid[]) AND 'active' = ANY ($3::text[])
   RETURNING id, queue, type, 'active' AS state
 ), place AS (
   SELECT * FROM waiting UNION ALL SELECT * FROM delayed
