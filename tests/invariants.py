@@ -63,7 +63,7 @@ _CHECKS = {
           FROM leaseq.schedule_runs AS r
           LEFT JOIN leaseq.schedules AS s ON s.name = r.schedule
          WHERE s.name IS NULL OR (r.job_id IS NULL AND r.outcome IN ('fired', 'triggered'))
-            OR (r.triggered AND r.outcome NOT IN ('triggered', 'skipped')) OR r.fires < 1
+            OR (r.triggered AND r.outcome NOT IN ('triggered', 'skipped', 'failed')) OR r.fires < 1
             OR (r.fire_at > r.decided_at AND NOT r.triggered)""",
     "no job comes of two fires": """
         SELECT job_id FROM leaseq.schedule_runs AS r

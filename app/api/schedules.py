@@ -116,13 +116,16 @@ class RunReply(Struct):
     decided_at: datetime
     outcome: Annotated[
         RunOutcome,
-        Meta(description="`failed`: it was to fire, but the queue refuses its job"),
+        Meta(
+            description="`failed`: it was to fire, but the queue refuses its job, or the next fire can not be told"
+        ),
     ]
     reason: (
         Annotated[
             str,
             Meta(
-                description="why there is no job: `overlap`, `missed`, `paused`, `duplicate`, or the code of a refusal;"
+                description="why there is no job: `overlap`, `missed`, `paused`, `duplicate`, `rhythm` (the next fire can"
+                " not be told: nothing fires until it is put anew), or the code of a refusal;"
                 " `missed` with `fired`: one job for all that was missed"
             ),
         ]
@@ -149,7 +152,10 @@ class ScheduleReply(Struct):
     missed: Missed
     paused: bool
     created_at: datetime
-    next_fires_at: Annotated[list[datetime], Meta(description="the next five; none while it is paused")]
+    next_fires_at: Annotated[
+        list[datetime],
+        Meta(description="the next five; none while it is paused, or where they can not be told"),
+    ]
     last_run: RunReply | None
 
     @classmethod

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from uuid import UUID
 
 from app.engine.cron import check, rhythm_of
-from app.queue.errors import DuplicateJobError, InvalidRequestError, ScheduleNotFoundError, UnavailableError
+from app.queue.errors import InvalidRequestError, ScheduleNotFoundError, UnavailableError
 from app.queue.events import Observer, ScheduleRan
 from app.queue.model import Job, JobRequest, NewJob
 from app.queue.scheduling import (
@@ -20,9 +20,10 @@ from app.queue.scheduling import (
     decide_fire,
     decide_resume,
     preview,
+    set_aside,
 )
 from app.store.database import is_blocked
-from app.store.once import Duplicate, Outcome, Stored
+from app.store.once import Duplicate, Outcome, Refused, Stored
 from app.store.schedules import Decided, Edit, ScheduleStore
 
 KEYED_MAX = 20
@@ -66,7 +67,7 @@ class Schedules:
     async def put(self, name: str, plan: Plan, *, paused: bool | None) -> tuple[Schedule, bool]:
         """Create or replace a schedule; `paused` None leaves that as it is. Returns it, and whether it is new.
 
-        Where the rhythm changes it begins anew, now. Raises InvalidRequestError.
+        Where the rhythm changes it begins anew, now, and where it was set aside. Raises InvalidRequestError.
         """
         check(plan)
         self._make_job(plan.job)
@@ -84,7 +85,8 @@ class Schedules:
                 )
             schedule, run = _resumed(present, now) if present.paused and paused is False else Edit(present)
             schedule = replace(schedule, plan=plan, paused=schedule.paused if paused is None else paused)
-            return Edit(schedule if plan.keeps_time_with(present.plan) else _begun(schedule, now), run)
+            goes_on = plan.keeps_time_with(present.plan) and schedule.next_fire_at is not None
+            return Edit(schedule if goes_on else _begun(schedule, now), run)
 
         return await self._edit(name, edit), created
 
@@ -113,13 +115,14 @@ class Schedules:
         """
         decided = await self._store.trigger(name, self._make_job)
         self._tell([decided])
+        assert decided.outcome is not None  # noqa: S101  # a trigger has a job
         match decided.outcome:
             case Stored(job):
                 return Triggered(job)
             case Duplicate(job_id, replaced):
                 return Triggered(await self._job(job_id), duplicate=True, replaced=replaced)
-            case _:
-                raise DuplicateJobError
+            case Refused(error):
+                raise error
 
     async def schedule(self, name: str) -> Schedule:
         """Return a schedule. Raises ScheduleNotFoundError."""
@@ -136,10 +139,8 @@ class Schedules:
         return await self._store.runs(name, limit, before)
 
     async def previews(self, schedules: Sequence[Schedule]) -> list[list[datetime]]:
-        """Return the next fires of each."""
-        return await asyncio.to_thread(
-            lambda: [preview(schedule, rhythm_of(schedule)) for schedule in schedules]
-        )
+        """Return the next fires of each; none where its rhythm can not be told."""
+        return await asyncio.to_thread(lambda: [_preview(schedule) for schedule in schedules])
 
     async def fire(self, limit: int) -> int:
         """Decide the first fire of up to `limit` schedules that are due; return how many there were.
@@ -202,8 +203,22 @@ class Schedules:
         )
 
 
+# A rhythm may have been put where it could be told: by a replica with another database of time zones, or other rules. Such
+# a schedule must not keep the others from firing, nor from being shown, whatever is wrong with it.
+
+
 def _decide(schedule: Schedule, now: datetime, busy: bool) -> Decision | None:
-    return decide_fire(schedule, rhythm_of(schedule), now, busy=busy)
+    try:
+        return decide_fire(schedule, rhythm_of(schedule), now, busy=busy)
+    except Exception:  # noqa: BLE001  # see above
+        return set_aside(schedule, now)
+
+
+def _preview(schedule: Schedule) -> list[datetime]:
+    try:
+        return preview(schedule, rhythm_of(schedule))
+    except Exception:  # noqa: BLE001  # see above
+        return []
 
 
 def _there(schedule: Schedule | None) -> Schedule:
@@ -222,8 +237,13 @@ def _begun(schedule: Schedule, now: datetime) -> Schedule:
 
 
 def _resumed(schedule: Schedule, now: datetime) -> Edit:
-    decision = decide_resume(schedule, rhythm_of(schedule), now)
     resumed = replace(schedule, paused=False)
+    try:
+        if schedule.next_fire_at is None:
+            return Edit(_begun(resumed, now))
+        decision = decide_resume(schedule, rhythm_of(schedule), now)
+    except Exception:  # noqa: BLE001  # see above
+        decision = set_aside(schedule, now)
     if decision is None:
         return Edit(resumed)
     return Edit(replace(resumed, next_fire_at=decision.next_fire_at), decision.run(now))

@@ -25,6 +25,7 @@ PREVIEWED = 5
 OVERLAP = "overlap"
 MISSED = "missed"
 PAUSED = "paused"
+RHYTHM = "rhythm"
 
 Rhythm = Callable[[datetime], Iterator[datetime]]
 """The fires after an instant, each later than the one before."""
@@ -53,7 +54,7 @@ class RunOutcome(StrEnum):
     TRIGGERED = "triggered"
     """It was no fire: somebody asked for a job at once."""
     FAILED = "failed"
-    """It was to fire, but the queue refuses its job."""
+    """It was to fire, but the queue refuses its job, or nobody can tell its rhythm."""
 
 
 class Plan(NamedTuple):
@@ -106,7 +107,7 @@ class Schedule:
     anchored_at: datetime
     """From when on an interval counts: the creation, or the last change of the rhythm."""
     next_fire_at: datetime | None = None
-    """The first fire that nobody has decided; None when there will be none."""
+    """The first fire that nobody has decided; None when there will be none: none comes any more, or it is set aside."""
     job_ids: tuple[UUID, ...] = ()
     """Its newest jobs."""
     last_run: Run | None = None
@@ -120,13 +121,15 @@ class Decision(NamedTuple):
     fire: bool
     reason: str | None
     next_fire_at: datetime | None
+    failed: bool = False
 
     def run(self, now: datetime) -> Run:
         """Return the run to note."""
+        nothing = RunOutcome.FAILED if self.failed else RunOutcome.SKIPPED
         return Run(
             fire_at=self.fire_at,
             decided_at=now,
-            outcome=RunOutcome.FIRED if self.fire else RunOutcome.SKIPPED,
+            outcome=RunOutcome.FIRED if self.fire else nothing,
             reason=self.reason,
             fires=self.fires,
         )
@@ -171,6 +174,17 @@ def decide_resume(schedule: Schedule, rhythm: Rhythm, now: datetime) -> Decision
     just_after = now + timedelta.resolution
     fires, next_fire_at = _until(fire_at, rhythm, just_after)
     return Decision(fire_at, fires, fire=False, reason=PAUSED, next_fire_at=next_fire_at)
+
+
+def set_aside(schedule: Schedule, now: datetime) -> Decision | None:
+    """Decide the first undecided fire of a schedule whose rhythm can not be told: nothing fires until it begins anew.
+
+    None when it is not due.
+    """
+    fire_at = schedule.next_fire_at
+    if fire_at is None or fire_at > now:
+        return None
+    return Decision(fire_at, 1, fire=False, reason=RHYTHM, next_fire_at=None, failed=True)
 
 
 def preview(schedule: Schedule, rhythm: Rhythm) -> list[datetime]:

@@ -117,7 +117,7 @@ class ScheduleStore:
         await self._database.transact(work)
 
     async def trigger(self, name: str, make: Callable[[JobRequest], NewJob]) -> Decided:
-        """Enqueue a job of the schedule now. Raises ScheduleNotFoundError, DuplicateJobError."""
+        """Enqueue a job of the schedule now, and note what came of it. Raises ScheduleNotFoundError."""
 
         async def work(transaction: Transaction) -> Decided:
             schedule = await self._lock(transaction, name)
@@ -126,8 +126,6 @@ class ScheduleStore:
             job = make(schedule.plan.job)
             now = await self._now(transaction)
             [outcome] = await store(transaction, self._clock(), [job])
-            if isinstance(outcome, Refused):
-                raise outcome.error
             run = Run(fire_at=now, decided_at=now, outcome=RunOutcome.TRIGGERED, job_id=job.id)
             run = _settled(run, outcome)
             await transaction.fetch("note_trigger", self._clock(), name, run.outcome, run.reason, run.job_id)

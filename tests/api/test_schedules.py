@@ -398,6 +398,86 @@ class TestRefused:
         assert (job["max_retries"], job["priority"]) == (7, 9)
 
 
+class TestUnknownRhythm:
+    """A rhythm that this replica can not tell, such as of a zone that its database of time zones does not have."""
+
+    @pytest.fixture
+    async def strange(self, queue: Replica, world: World) -> None:
+        """Store a schedule `s` that another replica may have taken, and a plain one."""
+        await put(queue, cron="* * * * *", timezone="US/Pacific")
+        await put(queue, "other")
+        await forget_zone(world)
+
+    @pytest.mark.usefixtures("strange")
+    async def test_it_fails_by_itself_and_fires_no_more(self, queue: Replica, noon: Clock):
+        for _ in range(2):
+            noon.move(60)
+            await queue.maintain()
+        assert await outcomes(queue) == [("12:01:00", "failed", "rhythm", 1)]
+        assert [run[1] for run in await outcomes(queue, "other")] == ["fired", "fired"]
+        told = [ran.reason for ran in queue.events.of(ScheduleRan) if ran.schedule == "s"]
+        assert told == ["rhythm"]
+
+    @pytest.mark.usefixtures("strange")
+    async def test_with_a_unique_key_too(self, queue: Replica, noon: Clock, world: World):
+        await put(queue, cron="* * * * *", timezone="US/Pacific", job={"queue": "q", "unique": {"key": "k"}})
+        await forget_zone(world)
+        noon.move(60)
+        await queue.maintain()
+        assert await outcomes(queue) == [("12:01:00", "failed", "rhythm", 1)]
+
+    @pytest.mark.usefixtures("strange")
+    async def test_it_is_shown_without_fire_times(self, queue: Replica):
+        shown = (await queue.http.get("/schedules")).json()["schedules"]
+        assert [(each["name"], len(each["next_fires_at"])) for each in shown] == [("other", 5), ("s", 0)]
+        assert (await show(queue))["timezone"] == "US/Pacific-New"
+
+    @pytest.mark.usefixtures("strange")
+    async def test_pause_resume_and_trigger_answer(self, queue: Replica, noon: Clock):
+        await post(queue, "pause")
+        noon.move(60)
+        assert (await post(queue, "resume"))["next_fires_at"] == []
+        await post(queue, "trigger", status=201)
+        await queue.maintain()
+        assert [run[1:] for run in await outcomes(queue)] == [
+            ("failed", "rhythm", 1),
+            ("triggered", None, 1),
+        ]
+
+    @pytest.mark.usefixtures("strange")
+    async def test_put_anew_it_goes_on(self, queue: Replica, noon: Clock):
+        noon.move(60)
+        await queue.maintain()
+        assert (await put(queue, cron="* * * * *"))["next_fires_at"][0] == "2026-06-01T12:02:00Z"
+        noon.move(60)
+        await queue.maintain()
+        assert (await runs(queue))[0]["outcome"] == "fired"
+
+    @pytest.mark.parametrize("resume", [False, True])
+    @pytest.mark.usefixtures("strange")
+    async def test_once_the_zone_is_known_the_same_put_or_a_resume_begins_anew(
+        self, queue: Replica, noon: Clock, world: World, *, resume: bool
+    ):
+        noon.move(60)
+        await queue.maintain()
+        await forget_zone(world, "US/Pacific")
+        if resume:
+            await post(queue, "pause")
+            shown = await post(queue, "resume")
+        else:
+            shown = await put(queue, cron="* * * * *", timezone="US/Pacific")
+        assert shown["next_fires_at"][0] == "2026-06-01T12:02:00Z"
+
+
+async def forget_zone(world: World, known_as: str = "US/Pacific-New") -> None:
+    """Let the schedule `s` name a zone that there was until 2020, or another one."""
+    connection = await world.connect()
+    await connection.execute(
+        "UPDATE schedules SET definition = jsonb_set(definition, '{timezone}', to_jsonb($1::text)) WHERE name = 's'",
+        known_as,
+    )
+
+
 class TestUnique:
     """Its jobs have a unique key, which another job may hold."""
 
@@ -423,7 +503,10 @@ class TestUnique:
         assert (run["outcome"], run["reason"], run["job_id"]) == ("failed", "duplicate", None)
         answer = await queue.http.post("/schedules/s/trigger")
         assert (answer.status_code, answer.json()["code"]) == (409, "duplicate")
-        assert len(await runs(queue)) == 1
+        # A trigger that was refused is noted as a fire is.
+        again, _ = await runs(queue)
+        assert (again["outcome"], again["reason"], again["job_id"]) == ("failed", "duplicate", None)
+        assert [ran.outcome for ran in queue.events.of(ScheduleRan)] == ["failed", "failed"]
         assert [job["id"] for job in await queue.lease(max_jobs=5)] == [holder["id"]]
 
     async def test_replace_fires_into_the_job_that_waits(self, queue: Replica, noon: Clock):
