@@ -41,8 +41,8 @@ LOOKS_MAX = 10
 
 STEP = 500
 """How many jobs a call for many changes in one transaction."""
-LOOKED_AT = 10_000
-"""How many one looks at in one read that only counts."""
+LOOKED_AT = 2_000
+"""How many a call for many looks at in one read, of each place."""
 BULK_SECONDS = 20.0
 """After so long a call for many answers what it has done; its caller may go on."""
 
@@ -151,8 +151,8 @@ class Operating:
         began = time.monotonic()
         wanted = replace(wanted, states=tuple(sorted(states)))
         if position is None:
-            newest = await self._reads.newest_id(wanted)
-            position = None if newest is None else Position(UUID(int=0), newest)
+            last = await self._reads.last_id(wanted.states)
+            position = None if last is None else Position(UUID(int=0), last)
         change = None if dry_run else self._change(verb, wanted, changes)
         done = Bulk(0, 0, None) if position is None else await self._sweep(wanted, position, change, began)
         if not dry_run:
@@ -170,24 +170,31 @@ class Operating:
     async def _sweep(
         self, wanted: JobFilter, position: Position, change: Change | None, began: float
     ) -> Bulk:
-        """Go over the jobs that match, step by step; without `change` only count them."""
-        step = LOOKED_AT if change is None else STEP
+        """Go over all jobs step by step, and change those that match; without `change` only count them."""
+        start = position
         matched = changed = 0
         while True:
             try:
-                ids = await self._reads.ids(wanted, step, after=position.after, until=position.until)
-                if change is not None and ids:
-                    changed += len(await change(ids))
+                looked = await self._reads.look(wanted, LOOKED_AT, after=position.after, until=position.until)
+                for step in _steps(looked.ids):
+                    if position != start and self._is_over(began):
+                        return Bulk(matched, changed, position)
+                    if change is not None:
+                        changed += len(await change(step))
+                    matched += len(step)
+                    position = position._replace(after=step[-1])
             except UnavailableError:
-                if matched == 0:
+                if position == start:
                     raise
                 return Bulk(matched, changed, position)
-            matched += len(ids)
-            if len(ids) < step:
+            if looked.last is None:
                 return Bulk(matched, changed, None)
-            position = position._replace(after=ids[-1])
-            if time.monotonic() - began >= self.bulk_seconds:
+            position = position._replace(after=looked.last)
+            if self._is_over(began):
                 return Bulk(matched, changed, position)
+
+    def _is_over(self, began: float) -> bool:
+        return time.monotonic() - began >= self.bulk_seconds
 
     def _check(self, changes: JobEdit) -> None:
         if isinstance(changes.dead_letter_queue, str):
@@ -289,3 +296,7 @@ def _lenient(changes: JobEdit, states: Sequence[State]) -> Callable[[Editable, d
             return None
 
     return decide
+
+
+def _steps(job_ids: Sequence[UUID]) -> list[Sequence[UUID]]:
+    return [job_ids[first : first + STEP] for first in range(0, len(job_ids), STEP)]

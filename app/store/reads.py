@@ -5,11 +5,11 @@ when the database is away or the read takes longer than READ_TIMEOUT_SECONDS.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 from uuid import UUID
 
 from sqlalchemy import (
@@ -34,6 +34,7 @@ from sqlalchemy import (
     or_,
     select,
     text,
+    true,
     union_all,
 )
 from sqlalchemy.dialects.postgresql import TIMESTAMP
@@ -88,6 +89,28 @@ _BODY = (
 _NOTED = ("error_group", "progress_percent", "progress_message", "checkpoint")
 """What the side table has of a living job, and `dead` of a dead one."""
 _INSTANT = TIMESTAMP(timezone=True)
+
+
+# Where a job in a state stands.
+_TABLES = {
+    State.READY: ready,
+    State.HELD: held,
+    State.SCHEDULED: scheduled,
+    State.RETRY: scheduled,
+    State.ACTIVE: leases,
+    State.FAILED: dead,
+    State.CANCELLED: dead,
+    State.EXPIRED: dead,
+    State.COMPLETED: history,
+}
+
+
+class Looked(NamedTuple):
+    """What a look at some jobs found: the ids of those that match, the oldest first."""
+
+    ids: list[UUID]
+    last: UUID | None
+    """Behind this one it goes on; None at the end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,10 +176,55 @@ class Reads:
         more = bool(rows) and rows[0]["found"] > len(rows)
         return page, page[-1].id if more else None
 
+    async def look(self, wanted: JobFilter, limit: int, *, after: UUID, until: UUID) -> Looked:
+        """Look at up to `limit` jobs of each place behind the id `after` and up to `until`, matching or not.
+
+        So it is soon over, however rare those are that match.
+        """
+        states = frozenset(wanted.states)
+        found, full = [], []
+        for table in dict.fromkeys(_TABLES[state] for state in sorted(states)):
+            looked_at = select(table.c.id).where(table.c.id > after, table.c.id <= until)
+            if wanted.ids:
+                looked_at = looked_at.where(table.c.id.in_(wanted.ids))
+            if table is history and wanted.created_after is not None:
+                looked_at = looked_at.where(history.c.finished_at >= wanted.created_after)
+            # Materialized, so that the planner knows how few they are.
+            head = looked_at.order_by(table.c.id).limit(limit).cte(table.name + "_head")
+            head = head.prefix_with("MATERIALIZED")
+            full.append(select(head.c.id).order_by(head.c.id).offset(limit - 1).limit(1).subquery())
+            of_table = frozenset(state for state in states if _TABLES[state] is table)
+            for job in (place.subquery() for place in _places(of_table, ended_after=wanted.created_after)):
+                joined = head.join(job, job.c.id == head.c.id)
+                found.append(select(job.c.id).select_from(joined).where(*_conditions(job, wanted)))
+        ends = union_all(*(select(end) for end in full)).subquery()
+        end = select(ends.c.id).order_by(ends.c.id).limit(1).cte("look_end").prefix_with("MATERIALIZED")
+        matching = union_all(*found).subquery()
+        up_to = func.coalesce(select(end.c.id).scalar_subquery(), until)
+        rows = await self._all(
+            union_all(
+                select(matching.c.id, false().label("is_end")).where(matching.c.id <= up_to),
+                select(end.c.id, true()),
+            )
+        )
+        last = next((row["id"] for row in rows if row["is_end"]), None)
+        return Looked(sorted(row["id"] for row in rows if not row["is_end"]), last)
+
+    async def last_id(self, states: Collection[State]) -> UUID | None:
+        """Return the greatest id in the places where jobs in these states stand; None when there are none."""
+        tables = dict.fromkeys(_TABLES[state] for state in sorted(states))
+        last = [select(table.c.id).order_by(table.c.id.desc()).limit(1).subquery() for table in tables]
+        merged = union_all(*(select(each) for each in last)).subquery()
+        rows = await self._all(select(merged).order_by(merged.c.id.desc()).limit(1))
+        return rows[0]["id"] if rows else None
+
     async def ids(
         self, wanted: JobFilter, limit: int, *, after: UUID | None = None, until: UUID | None = None
     ) -> list[UUID]:
-        """Return the ids of up to `limit` jobs, the oldest first, behind `after` and up to `until`."""
+        """Return the ids of up to `limit` jobs, the oldest first, behind `after` and up to `until`.
+
+        For filters that an index answers: it goes on until it has so many.
+        """
         heads = self._ids(wanted, after, until)
         first = [head.order_by(text("id")).limit(limit).subquery() for head in heads]
         merged = union_all(*(select(head) for head in first)).subquery()

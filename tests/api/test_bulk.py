@@ -189,6 +189,47 @@ async def test_a_call_goes_on_where_the_one_before_has_ended(queue: Replica, mon
     assert [ran.finished for ran in queue.events.of(BulkRan)] == [False, False, True]
 
 
+async def swept(queue: Replica, verb: str, **body: Any) -> list[tuple[int, int]]:
+    """Call a verb for many again and again until it has come to the end; return what each call says."""
+    calls: list[tuple[int, int]] = []
+    cursor = None
+    while not calls or cursor is not None:
+        answer = await call(queue, verb, cursor=cursor, **body)
+        assert answer.status_code == 200, answer.text
+        told = answer.json()
+        calls.append((told["matched"], told["changed"]))
+        cursor = told["next_cursor"]
+    return calls
+
+
+@pytest.mark.parametrize("wanted", [{"tag": "rare"}, {"state": "retry"}, {"type": "rare"}])
+async def test_a_call_goes_on_also_where_nothing_matches(
+    queue: Replica, monkeypatch: pytest.MonkeyPatch, wanted: dict[str, Any]
+):
+    monkeypatch.setattr(operating, "LOOKED_AT", 2)
+    queue.machine.service.operating.bulk_seconds = 0
+    for _ in range(4):
+        await queue.enqueue("other", delay_seconds=60)
+    rare = await queue.enqueue(type="rare", tags=["rare"])
+    await queue.fail(await queue.lease_one(), retry_in_seconds=60)
+    assert await swept(queue, "cancel", filter=wanted, dry_run=True) == [(0, 0), (0, 0), (1, 0)]
+    assert await swept(queue, "cancel", filter=wanted) == [(0, 0), (0, 0), (1, 1)]
+    assert (await queue.job(rare["id"]))["state"] == "cancelled"
+
+
+@pytest.mark.parametrize("verb", TOUCHED)
+async def test_small_looks_leave_nobody_out(
+    queue: Replica, world: World, monkeypatch: pytest.MonkeyPatch, verb: str
+):
+    monkeypatch.setattr(operating, "LOOKED_AT", 1)
+    queue.machine.service.operating.bulk_seconds = 0
+    for state in STATES * 2:
+        await brought_to(state, queue, world, state)
+    count = 2 * len(TOUCHED[verb])
+    calls = await swept(queue, verb, all=True)
+    assert (sum(matched for matched, _ in calls), sum(changed for _, changed in calls)) == (count, count)
+
+
 async def test_a_retry_of_many_passes_over_taken_unique_keys(queue: Replica):
     unique = {"key": "k"}
     ids = []
@@ -205,14 +246,14 @@ async def test_a_retry_of_many_passes_over_taken_unique_keys(queue: Replica):
 async def after_the_look(queue: Replica, monkeypatch: pytest.MonkeyPatch, happens: Callable[[], Any]) -> None:
     """Let something happen between the next call's look at the jobs and its change."""
     reads = queue.machine.service.operating._reads
-    look = reads.ids
+    look = reads.look
 
     async def then(*arguments: Any, **named: Any) -> Any:
         found = await look(*arguments, **named)
         await happens()
         return found
 
-    monkeypatch.setattr(reads, "ids", then)
+    monkeypatch.setattr(reads, "look", then)
 
 
 @pytest.mark.parametrize("verb", ["cancel", "update"])
