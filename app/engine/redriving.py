@@ -7,7 +7,7 @@ from datetime import datetime, timedelta
 from typing import NamedTuple
 from uuid import UUID
 
-from app.engine.operating import BULK_SECONDS, STEP
+from app.engine.operating import BULK_SECONDS, LOOKED_AT, STEP
 from app.engine.policies import Policies
 from app.engine.wakeup import Wakeups
 from app.queue.errors import InvalidRequestError, UnavailableError
@@ -25,7 +25,7 @@ from app.queue.lifecycle import State
 from app.queue.model import JobFilter
 from app.store.jobs import Moved
 from app.store.reads import Reads
-from app.store.redriving import AT_THE_HEAD, Copy, StoredDeadLetters
+from app.store.redriving import AT_THE_HEAD, Copy, Standing, StoredDeadLetters
 
 OF_ONE_STATEMENT = timedelta(milliseconds=1)
 """Copies that were made by one statement became ready a microsecond after each other."""
@@ -57,10 +57,12 @@ class _Call:
 
     def __init__(self, wanted: Redrive, seconds: float) -> None:
         self._limit = wanted.limit
-        self._until = time.monotonic() + seconds
+        self._half = time.monotonic() + seconds / 2
+        self._until = self._half + seconds / 2
         self.matched = 0
         self.changed = 0
         self.cut_short = False
+        self.copies_left = False
 
     @property
     def step(self) -> int:
@@ -69,10 +71,18 @@ class _Call:
             return 0
         return STEP if self._limit is None else min(STEP, self._limit - self.changed)
 
+    @property
+    def half_over(self) -> bool:
+        """Whether half of the call's time is over: however long the line is, the failed jobs get the other half."""
+        return time.monotonic() >= self._half
+
     def took(self, matched: int, changed: int) -> None:
         """Note what a step did."""
         self.matched += matched
         self.changed += changed
+
+    def check_time(self) -> None:
+        """End the call when it has taken its time."""
         self.cut_short = time.monotonic() >= self._until
 
 
@@ -118,7 +128,7 @@ class Redriving:
             if call.matched == 0:
                 raise
             call.cut_short = True
-        more = call.step == 0
+        more = call.step == 0 or call.copies_left
         self._observer.on(
             BulkRan(
                 verb=BulkVerb.REDRIVE,
@@ -141,24 +151,31 @@ class Redriving:
             self._tell(JobRetried, moved)
             self._wakeups.placed([each.place for each in moved if each.place is not None])
             call.took(len(ids), len(moved))
+            call.check_time()
             after = ids[-1]
 
     async def _copies(self, wanted: Redrive, call: _Call, until: datetime) -> None:
-        after = AT_THE_HEAD
-        while step := call.step:
-            copies = await self._stored.copies(wanted.queue, wanted.error_group, after, until, step)
-            if not copies:
-                break
-            if wanted.to is None:
-                changed = await self._take_home(copies)
-            else:
-                moved = await self._stored.move_copies(copies, wanted.to)
-                self._tell(JobEdited, moved)
-                # They keep their places by time, which may be behind the cursors of the other queue.
-                self._wakeups.placed([each.place for each in moved if each.place is not None], old=True)
-                changed = len(moved)
-            call.took(len(copies), changed)
-            after = copies[-1].standing
+        after: Standing | None = AT_THE_HEAD
+        while after is not None and (step := call.step):
+            if after is not AT_THE_HEAD and call.half_over:
+                call.copies_left = True
+                return
+            copies, after = await self._stored.copies(
+                wanted.queue, wanted.error_group, after, until, LOOKED_AT
+            )
+            if len(copies) > step:
+                copies, after = copies[:step], copies[step - 1].standing
+            if copies:
+                call.took(len(copies), await self._send(copies, wanted.to))
+
+    async def _send(self, copies: Sequence[Copy], to: str | None) -> int:
+        if to is None:
+            return await self._take_home(copies)
+        moved = await self._stored.move_copies(copies, to)
+        self._tell(JobEdited, moved)
+        # They keep their places by time, which may be behind the cursors of the other queue.
+        self._wakeups.placed([each.place for each in moved if each.place is not None], old=True)
+        return len(moved)
 
     async def _take_home(self, copies: Sequence[Copy]) -> int:
         home = await self._stored.take_home(copies)

@@ -61,14 +61,18 @@ class StoredDeadLetters:
         self._jobs = jobs
 
     async def copies(
-        self, queue: str, error_group: str | None, after: Standing, until: datetime, limit: int
-    ) -> list[Copy]:
-        """Return up to `limit` copies that are ready in the queue since no later than `until`, behind `after`."""
+        self, queue: str, error_group: str | None, after: Standing, until: datetime, looked_at: int
+    ) -> tuple[list[Copy], Standing | None]:
+        """Look at so many jobs that are ready in the queue since no later than `until`, behind `after`.
+
+        Returns the copies among them, and behind which job it goes on; None at the end.
+        """
         of_group = "" if error_group is None else "AND note.error_group = $7::text"
         group = [] if error_group is None else [error_group]
-        values = [queue, after.priority, after.since, after.id, until, limit, *group]
+        values = [queue, after.priority, after.since, after.id, until, looked_at, *group]
         rows = await self._database.fetch("copies", *values, of_group=of_group)
-        return [_copy(row) for row in rows]
+        last = _standing(rows[-1]) if rows and rows[-1]["is_last"] else None
+        return [_copy(row) for row in rows if row["wanted"]], last
 
     async def take_home(self, copies: Sequence[Copy]) -> TakenHome:
         """Retry the originals of copies, or where those are gone make new jobs, and remove the copies.
@@ -151,7 +155,11 @@ class StoredDeadLetters:
 
 def _copy(row: Any) -> Copy:
     source = json.loads(row["source"])
-    return Copy(Standing(row["priority"], row["since"], row["id"]), source["queue"], UUID(source["job_id"]))
+    return Copy(_standing(row), source["queue"], UUID(source["job_id"]))
+
+
+def _standing(row: Any) -> Standing:
+    return Standing(row["priority"], row["since"], row["id"])
 
 
 def _new(row: Any) -> New:

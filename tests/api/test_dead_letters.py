@@ -503,7 +503,31 @@ async def test_a_redrive_that_has_taken_its_time_says_that_there_may_be_more(
     for _ in range(2):
         await failed_job(queue, dead_letter_queue="dlq")
     calls = [(await queue.http.post("/queues/dlq/redrive")).json() for _ in range(3)]
-    assert [(told["changed"], told["more"]) for told in calls] == [(1, True), (1, True), (0, False)]
+    assert [(told["changed"], told["more"]) for told in calls] == [(1, True), (1, False), (0, False)]
+
+
+async def test_a_long_line_does_not_keep_failed_jobs_from_going_back(
+    queue: Replica, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(redriving, "LOOKED_AT", 2)
+    failed = await failed_job(queue)
+    for _ in range(4):
+        await queue.enqueue()
+    queue.machine.service.redriving.seconds = 0
+    answer = await queue.http.post("/queues/q/redrive")
+    assert answer.json() == {"matched": 1, "changed": 1, "more": True}
+    assert await states(queue, failed["id"]) == [("q", "ready")]
+
+
+async def test_a_copy_far_back_in_line_goes_home(queue: Replica, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(redriving, "LOOKED_AT", 2)
+    for _ in range(5):
+        await queue.enqueue("dlq")
+    failed = [(await failed_job(queue, dead_letter_queue="dlq"))["id"] for _ in range(3)]
+    group = error_group(None, "boom")
+    assert await redrive(queue, "dlq", error_group=group, limit=2) == (2, 2)
+    assert await redrive(queue, "dlq", error_group=group) == (1, 1)
+    assert await states(queue, *failed) == [("q", "ready")] * 3
 
 
 async def test_who_waits_for_what_comes_home_is_called(world: World, queue: Replica):
