@@ -44,6 +44,7 @@ BATCHES_MAX = 2
 BATCHES_IN_LINE_MAX = 8
 BATCH_WAIT_SECONDS = 5.0
 BATCH_AGAIN_SECONDS = 5
+BATCH_LOCK_SECONDS = 5.0
 TOO_MANY_BATCHES = "There are too many batches at once; come back a little later, or send smaller ones."
 SLICE = 200
 """After so many jobs of a batch others have their turn."""
@@ -158,7 +159,7 @@ class Once:
         answer: Answered = [None] * len(new)
         if any(new) or key is not None:
             try:
-                [answer] = await self._jobs.store([Call(new, key, atomic)])
+                [answer] = await self._jobs.store([Call(new, key, atomic)], lock_seconds=BATCH_LOCK_SECONDS)
             except UndoneError as undone:
                 _refuse_whole(each.error if isinstance(each, Refused) else each for each in undone.outcomes)
         if isinstance(answer, QueueError):

@@ -6,8 +6,7 @@ Methods raise the errors of `app.queue.errors`; UnavailableError of all of them.
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, TypeVar
@@ -83,10 +82,6 @@ LOOKS_AT_ONCE_MAX = 4
 the next look sees what is behind."""
 
 CONTENDED_PAUSE_SECONDS = 0.02
-
-ALONE_WAIT_SECONDS = 5.0
-ALONE_MAX = 2
-"""How many words may wait at once, each with a connection, for leases that others hold at that moment."""
 
 BYTES_PER_WEIGHT = 16 * 1024
 """A batch of BATCH_MAX carries some 8 MB at most, but for one item that is larger by itself."""
@@ -164,7 +159,6 @@ class Service:
         self._heartbeats = Batcher(
             self._grouped(jobs.heartbeat), weight=_weight, key=_job_id, told=self._note
         )
-        self._alone = asyncio.Semaphore(ALONE_MAX)
         self.watching = watching
         self.streams = streams
         self.wakeups = Wakeups(
@@ -487,24 +481,11 @@ class Service:
         answer: Said | None = await batcher.submit(word)
         if answer is None and await self._jobs.stands(word.job_id, word.lease_id):
             # In other hands at this moment: worth waiting for, but not for a whole group.
-            async with self._turn_alone():
+            async with self._database.aside():
                 answer = (await write([word])).get(word.job_id)
             if answer is not None:
                 self._tell([answer])
         return answer
-
-    @asynccontextmanager
-    async def _turn_alone(self) -> AsyncIterator[None]:
-        try:
-            async with asyncio.timeout(ALONE_WAIT_SECONDS):
-                await self._alone.acquire()
-        except TimeoutError:
-            message = "Others hold this job's lease, and more of that kind are in line; try later."
-            raise UnavailableError(message) from None
-        try:
-            yield
-        finally:
-            self._alone.release()
 
     def _way_of(
         self, word: Word

@@ -35,6 +35,10 @@ from app.store.schema import BODY_COLUMNS, NOTE_COLUMNS
 STATEMENT_TIMEOUT_SECONDS = 10
 READ_TIMEOUT_SECONDS = 5
 LOCK_TIMEOUT_SECONDS = 5
+STRANGERS_LOCK_SECONDS = 2.0
+"""How long a transaction waits for a row that strangers may hold for as long as they like: one with a unique key, or that
+an operator moves."""
+STRANGERS_WAIT_SECONDS = 5.0
 ACQUIRE_TIMEOUT_SECONDS = 5
 CONNECT_TIMEOUT_SECONDS = 10
 # Above the server's own limits: it only ends calls whose server has silently gone.
@@ -245,6 +249,8 @@ def unavailable_when_away(*, asked: bool = True) -> Iterator[None]:
 def _why(error: BaseException | None) -> str:
     while error is not None:
         state = getattr(error, "sqlstate", None) or ""
+        if state == "55P03":
+            return "Another request holds what this one needs at this moment; come back a little later."
         if state.startswith("28"):
             return "The database refuses the role or the password that DATABASE_URL names."
         if state.startswith("3D"):
@@ -319,6 +325,7 @@ class Database:
         """Whether there can be a connection with a session of its own, as LISTEN needs it."""
         self._pool_size = pool_size
         self._hot: asyncpg.Pool[asyncpg.Record] | None = None
+        self._aside = asyncio.Semaphore(max(pool_size // 2, 1))
         self.reading = self._reading()
         self.looking = self._reading()
 
@@ -438,7 +445,8 @@ class Database:
     ) -> T:
         """Run `work` in one transaction, committed when this returns. `work` may be run again: no effects of its own.
 
-        It waits for each lock at most `lock_seconds`. Raises UnavailableError, and what `work` raises.
+        With `lock_seconds` it waits for each lock at most so long, and goes `aside`: for what strangers may hold.
+        Raises UnavailableError, and what `work` raises.
         """
 
         async def run(connection: Any) -> T:
@@ -447,7 +455,27 @@ class Database:
                     await connection.execute(f"SET LOCAL lock_timeout = '{lock_seconds}s'")
                 return await work(Transaction(connection, self.schema))
 
-        return await self._with_connection(run)
+        if lock_seconds is None:
+            return await self._with_connection(run)
+        async with self.aside():
+            return await self._with_connection(run)
+
+    @asynccontextmanager
+    async def aside(self) -> AsyncIterator[None]:
+        """Keep half of the hot pool at most busy with what may wait for strangers: the group commits have the others.
+
+        Must not be entered twice by one caller. Raises UnavailableError when there is no room for too long.
+        """
+        try:
+            async with asyncio.timeout(STRANGERS_WAIT_SECONDS):
+                await self._aside.acquire()
+        except TimeoutError:
+            message = "Too many requests wait for what others hold at this moment; come back a little later."
+            raise UnavailableError(message) from None
+        try:
+            yield
+        finally:
+            self._aside.release()
 
     async def _with_connection(self, run: "Callable[[Any], Awaitable[T]]") -> T:
         # A deadlock or a serialization failure has rolled everything back: the same work may begin again.

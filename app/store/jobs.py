@@ -47,7 +47,7 @@ from app.queue.model import (
     Word,
     WorkError,
 )
-from app.store.database import Database, Transaction
+from app.store.database import STRANGERS_LOCK_SECONDS, Database, Transaction
 from app.store.once import (
     IDEMPOTENCY_SECONDS,
     Answered,
@@ -262,7 +262,7 @@ class Jobs:
         stored = [(job, found.get(job.id, rows[0])) for job in new]
         return [stored_job(job, row) for job, row in stored]
 
-    async def store(self, calls: Sequence[Call], *, lock_seconds: float | None = None) -> list[Answered]:
+    async def store(self, calls: Sequence[Call], *, lock_seconds: float) -> list[Answered]:
         """Store what calls bring, in one transaction, each job once only where its call or itself has a key.
 
         Where the connection dies at the COMMIT, looks what has come of it before it does anything again. Raises
@@ -498,7 +498,9 @@ class Jobs:
                 done |= await self._heartbeat(transaction, heartbeats)
             return done
 
-        done = await self._keeping(lambda: self._database.transact(work))
+        # Strangers may hold the follow-ups' unique keys.
+        lock_seconds = STRANGERS_LOCK_SECONDS if following else None
+        done = await self._keeping(lambda: self._database.transact(work, lock_seconds=lock_seconds))
         told(followed)
         return done
 
@@ -557,7 +559,7 @@ class Jobs:
 
         Here and below: returns those that it has moved.
         """
-        return _moved(await self._database.fetch("cancel", self._clock(), job_ids, list(states)))
+        return _moved(await self._fetch_aside("cancel", self._clock(), job_ids, list(states)))
 
     async def retry(
         self, job_ids: Sequence[UUID], states: Collection[State] = RETRIABLE
@@ -567,7 +569,8 @@ class Jobs:
         Returns also those that stay where they are because another job has their unique key, each with that job.
         """
         return await self._database.transact(
-            lambda transaction: self.retry_within(transaction, job_ids, states)
+            lambda transaction: self.retry_within(transaction, job_ids, states),
+            lock_seconds=STRANGERS_LOCK_SECONDS,
         )
 
     async def retry_within(
@@ -603,11 +606,16 @@ class Jobs:
                 return []
             return _edited(await transaction.fetch("edit", self._clock(), *_edit_columns(edited)))
 
-        return await self._database.transact(work)
+        return await self._database.transact(work, lock_seconds=STRANGERS_LOCK_SECONDS)
 
     async def delete(self, job_ids: Sequence[UUID], states: Collection[State] = TERMINAL) -> list[Moved]:
         """Remove terminal jobs in these states, and their attempts."""
-        return _moved(await self._database.fetch("delete", job_ids, list(states)))
+        return _moved(await self._fetch_aside("delete", job_ids, list(states)))
+
+    async def _fetch_aside(self, name: str, *values: object) -> Sequence[asyncpg.Record]:
+        return await self._database.transact(
+            lambda transaction: transaction.fetch(name, *values), lock_seconds=STRANGERS_LOCK_SECONDS
+        )
 
     async def sweep_keys(self, after: tuple[str, str], limit: int) -> tuple[int, int, tuple[str, str]]:
         """Remove unique keys that nobody holds; return how many were looked at and removed, and the last one."""

@@ -16,7 +16,7 @@ from sqlalchemy import BigInteger, ColumnElement, Text, cast, func, or_, select,
 from app.queue.errors import QueueNotEmptyError
 from app.queue.lifecycle import State, summed_up
 from app.queue.model import JobDefaults, Queue, QueuePolicy
-from app.store.database import Database, Transaction, rows_of
+from app.store.database import STRANGERS_LOCK_SECONDS, Database, Transaction, rows_of
 from app.store.schema import changes, counts, deltas, held, queues, ready, scheduled
 
 TOPIC = "queues"
@@ -129,7 +129,7 @@ class StoredQueues:
             rows = await transaction.fetch("lock_ready", name, priority, since, until, limit)
             return await _purge(transaction, name, ready.name, rows, full=rows[0]["seen"] == limit)
 
-        return await self._database.transact(work)
+        return await self._database.transact(work, lock_seconds=STRANGERS_LOCK_SECONDS)
 
     async def purge_by_id(
         self, name: str, place: str, after: UUID, until: UUID, limit: int
@@ -140,7 +140,7 @@ class StoredQueues:
             rows = await transaction.fetch("lock_by_id", name, after, until, limit, place=place)
             return await _purge(transaction, name, place, rows, full=rows[0]["seen"] == limit)
 
-        return await self._database.transact(work)
+        return await self._database.transact(work, lock_seconds=STRANGERS_LOCK_SECONDS)
 
     async def last_id(self, place: str) -> UUID | None:
         """Return the greatest id of those that are scheduled or held now."""

@@ -12,7 +12,7 @@ from uuid import UUID
 from uuid_utils.compat import uuid7
 
 from app.queue.lifecycle import State
-from app.store.database import Database, Transaction
+from app.store.database import STRANGERS_LOCK_SECONDS, Database, Transaction
 from app.store.jobs import BEGINNING, Jobs, Line, Moved, Place
 from app.store.once import reclaim
 
@@ -105,11 +105,14 @@ class StoredDeadLetters:
                 retried, [_new(row) for row in rows if row["new_id"] is not None], _removed(rows)
             )
 
-        return await self._database.transact(work)
+        return await self._database.transact(work, lock_seconds=STRANGERS_LOCK_SECONDS)
 
     async def move_copies(self, copies: Sequence[Copy], to: str) -> list[Moved]:
         """Let copies that wait do so in another queue; return those moved."""
-        rows = await self._database.fetch("move_ready", sorted(copy.standing.id for copy in copies), to)
+        ids = sorted(copy.standing.id for copy in copies)
+        rows = await self._database.transact(
+            lambda transaction: transaction.fetch("move_ready", ids, to), lock_seconds=STRANGERS_LOCK_SECONDS
+        )
         return [
             Moved(
                 row["id"],
@@ -150,7 +153,7 @@ class StoredDeadLetters:
             moved, _ = await self._jobs.retry_within(transaction, free, [State.FAILED])
             return moved
 
-        return await self._database.transact(work)
+        return await self._database.transact(work, lock_seconds=STRANGERS_LOCK_SECONDS)
 
 
 def _copy(row: Any) -> Copy:
