@@ -1,11 +1,12 @@
 """Enqueueing once only, and many at once: jobs with a unique key, requests with an `Idempotency-Key`, batches.
 
 Those with keys touch rows that strangers may hold, so they never share a flush with plain jobs. Their line's flush waits for a
-lock only shortly; if somebody holds one of the keys for longer, each call is tried alone, and who is in the way of
-nobody is stored. A batch is a transaction of its own, a few at a time.
+lock only shortly; if somebody holds one of the keys for longer, each call is tried alone: at once those in whose way
+nobody is, then the others. A batch is a transaction of its own, a few at a time.
 """
 
 import asyncio
+import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from datetime import datetime
@@ -33,9 +34,11 @@ from app.store.reads import Reads
 
 LOCK_SECONDS = 0.5
 """How long a flush of several waits for a key that somebody else holds at that moment."""
+GLANCE_LOCK_SECONDS = 0.01
+"""How long each call of a flush that was held up waits when all of them are tried one by one."""
 ALONE_LOCK_SECONDS = 2.0
 ALONE_SECONDS = 4.0
-"""How long the calls of a flush that was held up are tried one by one, and how long each of them waits."""
+"""How long those that were held up again are tried once more, and how long each of them waits."""
 TRIES_MAX = 5
 """How often a job is enqueued anew because the one that held its key was deleted before it could be shown."""
 
@@ -228,20 +231,42 @@ class Once:
         return answers
 
     async def _one_by_one(self, calls: Sequence[Call]) -> list[Answered | Exception]:
-        answers: list[Answered | Exception] = []
+        """Store each call by itself: first those in whose way nobody is, then the others, as far as there is time."""
+        answers: dict[int, Answered | Exception] = {}
+        await self._try_each(calls, range(len(calls)), GLANCE_LOCK_SECONDS, answers)
+        blocked = [number for number in range(len(calls)) if number not in answers]
+        await self._try_each(calls, blocked, ALONE_LOCK_SECONDS, answers, ALONE_SECONDS)
+        return [answers.get(number) or _busy() for number in range(len(calls))]
+
+    async def _try_each(
+        self,
+        calls: Sequence[Call],
+        numbers: Iterable[int],
+        lock_seconds: float,
+        answers: dict[int, Answered | Exception],
+        seconds: float = math.inf,
+    ) -> None:
+        """Store each call of these numbers, and note what came of it; those that are blocked have no answer."""
         clock = asyncio.get_running_loop().time
-        until = clock() + ALONE_SECONDS
-        for call in calls:
+        until = clock() + seconds
+        held: set[tuple[str, str]] = set()
+        for number in numbers:
+            call = calls[number]
+            keys = {(job.queue, job.unique.key) for job in call.jobs if job is not None and job.unique}
             if clock() > until:
-                answers.append(_busy())
+                return
+            if keys & held:
+                # Behind another one that waits for this key: it would wait as long, or overtake it.
                 continue
             try:
-                answers += await self._jobs.store([call], lock_seconds=ALONE_LOCK_SECONDS)
+                [answers[number]] = await self._jobs.store([call], lock_seconds=lock_seconds)
             except UnavailableError as error:
-                answers.append(_busy() if is_blocked(error) else error)
+                if is_blocked(error):
+                    held |= keys
+                else:
+                    answers[number] = error
             except Exception as error:  # noqa: BLE001  # handed to the one who waits for it: others are stored already
-                answers.append(error)
-        return answers
+                answers[number] = error
 
     def wake(self, outcomes: Iterable[Outcome | None]) -> None:
         """Call whoever waits for what has become ready, and expect what will."""

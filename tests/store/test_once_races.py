@@ -103,21 +103,24 @@ async def test_a_replacement_that_a_lease_outruns_returns_the_holder(world: Worl
     assert "replaced" not in found
 
 
-async def test_a_strangers_lock_on_a_key_stalls_no_plain_job_and_the_blocked_one_is_told(
+async def test_strangers_locks_on_keys_stall_no_other_job_and_the_blocked_ones_are_told(
     world: World, queue: Replica, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr("app.engine.once.LOCK_SECONDS", 0.2)
+    # Two that wait use up the time there is for those that wait, as they do in earnest.
     monkeypatch.setattr("app.engine.once.ALONE_LOCK_SECONDS", 0.2)
-    await post(queue, "held")
-    async with holding(world, KEY, "held"):
+    monkeypatch.setattr("app.engine.once.ALONE_SECONDS", 0.4)
+    held = ("held", "held too", "held as well")
+    await asyncio.gather(*(post(queue, key) for key in held))
+    async with holding(world, "SELECT FROM unique_keys FOR UPDATE"):
         first = post(queue, "held")
         await world.blocked()
-        keyed = [post(queue, key) for key in ("a", "held", "b", "c")]
+        keyed = [post(queue, key) for key in (*held, "a", "held", "b", "c")]
         assert [(await post(queue, None)).status_code for _ in range(3)] == [201] * 3
         answers = await asyncio.gather(first, *keyed)
-    assert [answer.status_code for answer in answers] == [503, 201, 503, 201, 201]
+    assert [answer.status_code for answer in answers] == [503, 503, 503, 503, 201, 503, 201, 201]
     assert int(answers[0].headers["retry-after"]) > 0
-    assert (await post(queue, "held")).status_code == 200
+    assert [(await post(queue, key)).status_code for key in held] == [200] * 3
 
 
 ASKS: dict[str, Callable[[Replica], Any]] = {
