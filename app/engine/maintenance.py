@@ -170,6 +170,13 @@ class Maintenance(Component):
         self._firing_on_time = OnTime(
             "schedules", self.fire, schedules.next_due_seconds, observer, every_seconds
         )
+        self._firing_keyed_on_time = OnTime(
+            "keyed_schedules",
+            schedules.fire_keyed,
+            schedules.next_keyed_due_seconds,
+            observer,
+            every_seconds,
+        )
 
     @property
     def tasks(self) -> dict[str, Callable[[], Awaitable[int]]]:
@@ -179,6 +186,8 @@ class Maintenance(Component):
             "expire": self.expire,
             "schedules": self.fire,
             "promote": self.promote,
+            # Behind the urgent ones: it may have to wait for keys that others hold.
+            "keyed_schedules": self._schedules.fire_keyed,
             "fold": self.fold,
             "retain": self.retain,
             "sweep": self.sweep,
@@ -255,7 +264,7 @@ class Maintenance(Component):
         return promoted
 
     async def fire(self) -> int:
-        """Decide the fires of schedules that are due."""
+        """Decide the fires of schedules that are due, but for those whose jobs have a unique key."""
         # One that has missed several fires is due again at once.
         return await _while_full(lambda: self._schedules.fire(FIRE_BATCH), 1)
 
@@ -316,6 +325,7 @@ class Maintenance(Component):
     def expect_fire(self, due_seconds: float) -> None:
         """Note that a schedule is due in so many seconds: it fires then."""
         self._firing_on_time.expect(due_seconds)
+        self._firing_keyed_on_time.expect(due_seconds)
 
     def delayed(self, verdicts: Iterable[Verdict]) -> None:
         """Expect the jobs that the verdicts have delayed."""
@@ -328,6 +338,7 @@ class Maintenance(Component):
             tasks.create_task(self._go_round())
             tasks.create_task(self._promoting_on_time.run())
             tasks.create_task(self._firing_on_time.run())
+            tasks.create_task(self._firing_keyed_on_time.run())
 
     async def _go_round(self) -> None:
         while True:

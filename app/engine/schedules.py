@@ -24,10 +24,14 @@ from app.queue.scheduling import (
 )
 from app.store.database import is_blocked
 from app.store.once import Duplicate, Outcome, Refused, Stored
-from app.store.schedules import Decided, Edit, ScheduleStore
+from app.store.schedules import FIRST, Decided, Edit, ScheduleStore
 
 KEYED_MAX = 20
 """Schedules whose jobs have a unique key are decided one by one, for somebody else may hold it: so many in one go."""
+BLOCKED_MAX = 5
+"""So many keys that somebody holds end a go: each has kept it waiting."""
+KEYED_FIRES_MAX = 40
+"""So many fires of one of them in one go."""
 
 
 class Triggered(NamedTuple):
@@ -63,6 +67,7 @@ class Schedules:
         self._job = job
         self._stored = stored
         self._expect = expect
+        self._keyed_after = FIRST
 
     async def put(self, name: str, plan: Plan, *, paused: bool | None) -> tuple[Schedule, bool]:
         """Create or replace a schedule; `paused` None leaves that as it is. Returns it, and whether it is new.
@@ -145,28 +150,54 @@ class Schedules:
     async def fire(self, limit: int) -> int:
         """Decide the first fire of up to `limit` schedules that are due; return how many there were.
 
-        Raises UnavailableError when somebody holds the unique key that a job wants; the others have been decided then.
+        Those whose jobs have a unique key are left to `fire_keyed`.
         """
         decided = await self._store.fire(limit, _decide, self._make_job)
         self._tell(decided)
-        count, blocked = len(decided), None
-        for name in await self._store.due_with_key(KEYED_MAX):
+        return len(decided)
+
+    async def fire_keyed(self) -> int:
+        """Decide the fires of some schedules that are due whose jobs have a unique key; return how many there were.
+
+        A key that somebody holds is tried once; the next call begins behind the last schedule that this one has tried.
+        Raises UnavailableError when nothing could be decided because of such keys.
+        """
+        due = await self._store.due_with_key(KEYED_MAX, self._keyed_after)
+        count, blocked = 0, list[UnavailableError]()
+        for position in due:
+            self._keyed_after = position
             try:
-                decided = await self._store.fire_one(name, _decide, self._make_job)
+                count += await self._fire_one(position.name)
             except UnavailableError as error:
                 if not is_blocked(error):
                     raise
-                blocked = error
-            else:
-                self._tell(decided)
-                count += len(decided)
-        if blocked is not None and not count:
-            raise blocked
+                blocked.append(error)
+                if len(blocked) == BLOCKED_MAX:
+                    break
+        else:
+            if len(due) < KEYED_MAX:
+                self._keyed_after = FIRST
+        if blocked and not count:
+            raise blocked[0]
+        return count
+
+    async def _fire_one(self, name: str) -> int:
+        count = 0
+        # One that is late is due again at once.
+        while count < KEYED_FIRES_MAX and (
+            decided := await self._store.fire_one(name, _decide, self._make_job)
+        ):
+            self._tell(decided)
+            count += len(decided)
         return count
 
     async def next_due_seconds(self) -> float | None:
-        """Return in how many seconds the next schedule is due; None when there is none."""
-        return await self._store.next_due_seconds()
+        """Return in how many seconds `fire` may have something to do; None when it will not."""
+        return await self._store.next_due_seconds(keyed=False)
+
+    async def next_keyed_due_seconds(self) -> float | None:
+        """Return in how many seconds `fire_keyed` may have something to do; None when it will not."""
+        return await self._store.next_due_seconds(keyed=True)
 
     async def retain_runs(self, after: str) -> tuple[int, str]:
         """Remove old runs of some schedules after a name; return how many, and the name to go on after."""

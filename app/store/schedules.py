@@ -16,7 +16,7 @@ from app.queue.errors import DuplicateJobError, QueueError, ScheduleNotFoundErro
 from app.queue.model import JobRequest, NewJob
 from app.queue.scheduling import Decision, Missed, Overlap, Plan, Run, RunOutcome, RunPosition, Schedule
 from app.store.database import Database, Transaction, rows_of
-from app.store.jobs import Jobs
+from app.store.jobs import BEGINNING, Jobs
 from app.store.once import Duplicate, Outcome, Refused, store
 from app.store.reads import PAGE_BYTES_MAX
 from app.store.schema import schedule_runs, schedules
@@ -32,13 +32,16 @@ RUNS_SWEPT = 1000
 _CREATE_TRIES = 3
 
 LOCK_SECONDS = 0.5
-"""How long a schedule waits for the unique key of its job that somebody else holds at that moment."""
+"""How long a trigger waits for the unique key of its job that somebody else holds at that moment."""
+FIRE_LOCK_SECONDS = 0.05
+"""How long a fire waits for it: it is tried again."""
 
 _SCHEDULE = (
     "s.name, s.definition, s.payload, s.paused, s.created_at, s.anchored_at, s.next_fire_at, s.job_ids"
 )
 
 _PLAIN = "s.definition -> 'job' -> 'unique' IS NULL"
+_KEYED = "s.definition -> 'job' -> 'unique' IS NOT NULL"
 _ONE = "s.name = $3::text"
 
 _HINTS = get_type_hints(JobRequest)
@@ -66,6 +69,16 @@ class Edit(NamedTuple):
 
     schedule: Schedule
     run: Run | None = None
+
+
+class DuePosition(NamedTuple):
+    """Where a schedule stands among those that are due."""
+
+    next_fire_at: datetime
+    name: str
+
+
+FIRST = DuePosition(BEGINNING, "")
 
 
 class Decided(NamedTuple):
@@ -145,12 +158,12 @@ class ScheduleStore:
         self, name: str, decide: Decide, make: Callable[[JobRequest], NewJob]
     ) -> list[Decided]:
         """Decide the first fire of this schedule, if it is due. Raises UnavailableError where its key is held."""
-        return await self._fire(decide, make, LOCK_SECONDS, self._clock(), 1, name, which=_ONE)
+        return await self._fire(decide, make, FIRE_LOCK_SECONDS, self._clock(), 1, name, which=_ONE)
 
-    async def due_with_key(self, limit: int) -> list[str]:
-        """Return up to `limit` schedules that are due whose jobs have a unique key."""
-        rows = await self._database.fetch("due_keyed_schedules", self._clock(), limit)
-        return [row["name"] for row in rows]
+    async def due_with_key(self, limit: int, after: DuePosition) -> list[DuePosition]:
+        """Return up to `limit` schedules that are due whose jobs have a unique key, in order, behind a position."""
+        rows = await self._database.fetch("due_keyed_schedules", self._clock(), limit, *after, keyed=_KEYED)
+        return [DuePosition(row["next_fire_at"], row["name"]) for row in rows]
 
     async def _fire(
         self,
@@ -215,9 +228,13 @@ class ScheduleStore:
             if schedule.name in fresh
         ]
 
-    async def next_due_seconds(self) -> float | None:
-        """Return in how many seconds the next schedule is due; None when there is none."""
-        rows = await self._database.fetch("next_fire", self._clock())
+    async def next_due_seconds(self, *, keyed: bool) -> float | None:
+        """Return in how many seconds a schedule is due next; None when none will be.
+
+        Those due already count only where they are of this kind, with a unique key for their jobs or without: the
+        others are dealt with by themselves.
+        """
+        rows = await self._database.fetch("next_fire", self._clock(), kind=_KEYED if keyed else _PLAIN)
         return float(rows[0]["seconds"]) if rows else None
 
     async def retain_runs(self, after: str) -> tuple[int, str]:

@@ -6,8 +6,11 @@ from typing import Any
 import httpx
 import pytest
 
-from app.queue.events import ScheduleRan
+from app.engine.maintenance import STEPS_PER_ROUND
+from app.engine.schedules import BLOCKED_MAX
+from app.queue.events import MaintenanceFailed, ScheduleRan
 from tests.conftest import Clock, Replica, World
+from tests.store.conftest import holding, idle_replica, logged
 
 NOON = "2026-06-01T12:00:00+00:00"
 
@@ -550,6 +553,57 @@ class TestUnique:
         await held.rollback()
         await queue.maintain()
         assert await outcomes(queue, "a") == [("12:01:00", "fired", None, 1)]
+
+    async def test_keys_that_are_held_are_tried_once_a_round(self, world: World, noon: Clock):
+        queue = await idle_replica(world, db_pool_size=1)
+        for number in range(4):
+            await put(queue, f"k{number}", job={"queue": "q", "unique": {"key": f"k{number}"}})
+        await put(queue, "often", every_seconds=1)
+        noon.move(60)
+        async with holding(world, HOLD, 4), logged(queue) as ran:
+            await queue.machine.service.maintenance.run_once()
+        assert ran.count("claim_keys") == 4
+        assert "promote" in ran
+        assert len(await runs(queue, "often")) == STEPS_PER_ROUND
+
+    async def test_however_many_are_held_the_round_goes_on_and_the_next_one_tries_the_others(
+        self, world: World, noon: Clock
+    ):
+        queue = await idle_replica(world, db_pool_size=1)
+        for number in range(BLOCKED_MAX + 2):
+            await put(queue, f"k{number}", job={"queue": "q", "unique": {"key": f"k{number}"}})
+        noon.move(60)
+        async with holding(world, HOLD, BLOCKED_MAX + 1), logged(queue) as ran:
+            await queue.machine.service.maintenance.run_once()
+            assert ran.count("claim_keys") == BLOCKED_MAX
+            await queue.machine.service.maintenance.run_once()
+        # The last one's key is free.
+        assert len(await runs(queue, f"k{BLOCKED_MAX + 1}")) == 1
+        await queue.maintain()
+        assert [len(await runs(queue, f"k{number}")) for number in range(BLOCKED_MAX + 2)] == [1] * (
+            BLOCKED_MAX + 2
+        )
+
+    async def test_several_fires_that_are_due_are_decided_in_one_round(self, queue: Replica, noon: Clock):
+        await put(queue, every_seconds=20, job={"queue": "q", "unique": {"key": "k"}})
+        noon.move(60)
+        await queue.maintain()
+        assert [run[1] for run in await outcomes(queue)] == ["fired", "skipped", "skipped"]
+
+    async def test_a_key_that_is_held_keeps_no_plain_schedule_from_its_instant(self, world: World):
+        world.on_time = True
+        queue = await world.replica()
+        async with holding(world, HOLD, 1):
+            await put(queue, "keyed", every_seconds=1, job={"queue": "q", "unique": {"key": "k0"}})
+            await queue.events.wait_for(MaintenanceFailed)
+            # No round of maintenance comes for an hour, nor does the keyed one try again before.
+            await put(queue, "plain", every_seconds=1)
+            assert {ran.schedule for ran in await queue.events.wait_for(ScheduleRan, 2)} == {"plain"}
+
+
+HOLD = """
+INSERT INTO unique_keys (queue, key, job_id, scope)
+SELECT 'q', 'k' || n, gen_random_uuid(), 'unfinished' FROM generate_series(0, $1::int - 1) AS n"""
 
 
 class TestMissed:

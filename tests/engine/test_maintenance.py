@@ -25,7 +25,7 @@ from app.queue.policy import resolve
 from app.store.jobs import BEGINNING
 from tests.conftest import NEVER_SECONDS, Replica, World
 
-TASKS = {"days", "reap", "expire", "schedules", "promote", "fold", "retain", "sweep"}
+TASKS = {"days", "reap", "expire", "schedules", "keyed_schedules", "promote", "fold", "retain", "sweep"}
 
 MANY_SCHEDULED = """
 WITH many AS (

@@ -18,6 +18,7 @@ from app.engine.cursors import Cursors
 from app.store.database import HOT_SETTINGS, Database, statement
 from app.store.jobs import _KEPT, BEGINNING, CLAIM_SLACKS, END, Jobs, Line, columns
 from app.store.redriving import Standing, StoredDeadLetters
+from app.store.schedules import FIRST, ScheduleStore
 from tests.conftest import TEMPLATE, _recreate, with_database
 from tests.store import conftest as store
 
@@ -516,6 +517,77 @@ class TestMaintaining:
         plan = await seeded.explain_text(*poll)
         plan.assert_reads_only_what_it_takes(3)
         assert plan.rows == (3 if seeded.ready else 0)
+
+
+class TestSchedules:
+    """Schedules of which a few are due, half of them with a unique key, whatever was known of them before."""
+
+    @pytest.mark.parametrize(
+        "known", ["never_analysed", "analysed_empty", "analysed_when_all_were_due", "analysed"]
+    )
+    async def test_what_is_due_is_found_by_the_index_of_what_is_due(
+        self, databases: dict[str, Seeded], known: str
+    ):
+        seeded = databases["empty_never_analysed"]
+        texts = await schedule_statements(seeded.url)
+        connection = await asyncpg.connect(
+            seeded.url, server_settings={"search_path": "leaseq", **HOT_SETTINGS}
+        )
+        transaction = connection.transaction()
+        await transaction.start()
+        try:
+            if known == "analysed_empty":
+                await connection.execute("ANALYZE schedules")
+            await connection.execute(SCHEDULES, 10_000, 1)
+            if known == "analysed_when_all_were_due":
+                await connection.execute("UPDATE schedules SET next_fire_at = now() - interval '1 day'")
+                await connection.execute("ANALYZE schedules")
+            await connection.execute("DELETE FROM schedules")
+            await connection.execute(SCHEDULES, 10_000, 2 * BATCH)
+            if known == "analysed":
+                await connection.execute("ANALYZE schedules")
+            for number, (text, *values) in enumerate(texts):
+                await connection.execute(f"PREPARE due{number} AS {text}")
+                found = await connection.fetchval(
+                    "EXPLAIN (ANALYZE, BUFFERS, TIMING OFF, FORMAT JSON)"
+                    f" EXECUTE due{number} ({', '.join(map(literal, values))})"
+                )
+                plan = Plan(json.loads(found)[0]["Plan"])
+                assert plan.rows == (1 if "extract" in text else BATCH)
+                plan.assert_reads_only_what_it_takes(2 * BATCH + 1)
+                assert {node["Index Name"] for node in plan.nodes if "Index Name" in node} == {
+                    "schedules_due"
+                }
+        finally:
+            await transaction.rollback()
+            await connection.close()
+
+
+SCHEDULES = """
+INSERT INTO schedules (name, definition, payload, paused, created_at, anchored_at, next_fire_at, job_ids)
+SELECT 's' || n,
+       CASE WHEN n % 2 = 0 THEN '{"job": {"queue": "q"}}' ELSE '{"job": {"queue": "q", "unique": {"key": "k"}}}' END::jsonb,
+       'null', false, now(), now(), now() + (n - $2::int) * interval '1 minute', '{}'
+  FROM generate_series(1, $1::int) AS n"""
+
+
+async def schedule_statements(url: str) -> list[list[Any]]:
+    """Return the text and the values of the statements that look for schedules that are due, by having them run."""
+    records: list[Any] = []
+    database = Database(url, schema="leaseq", pool_size=1)
+    await database.start()
+    try:
+        async with database.hot.acquire() as connection:
+            connection.add_query_logger(records.append)
+        schedules = ScheduleStore(database, Jobs(database))
+        await schedules.fire(BATCH, lambda *_: None, lambda _: pytest.fail("none is due"))
+        await schedules.due_with_key(BATCH, FIRST)
+        for keyed in (False, True):
+            await schedules.next_due_seconds(keyed=keyed)
+        await asyncio.sleep(0)
+    finally:
+        await database.close()
+    return [[record.query, *record.args] for record in records if "leaseq" in record.query]
 
 
 async def test_an_explanation_counts_what_is_before_a_job_no_further_than_it_says(seeded: Seeded):
