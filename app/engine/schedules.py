@@ -96,11 +96,14 @@ class Schedules:
         return await self._edit(name, edit), created
 
     async def pause(self, name: str) -> Schedule:
-        """Let nothing fire until it is resumed. Raises ScheduleNotFoundError."""
+        """Let nothing fire until it is resumed. Raises ScheduleNotFoundError, InvalidRequestError."""
         return await self._edit(name, lambda present, _: Edit(replace(_there(present), paused=True)))
 
     async def resume(self, name: str) -> Schedule:
-        """Let it fire again, but for what was due while it was paused. Raises ScheduleNotFoundError."""
+        """Let it fire again, but for what was due while it was paused.
+
+        Raises ScheduleNotFoundError, InvalidRequestError.
+        """
 
         def edit(present: Schedule | None, now: datetime) -> Edit:
             schedule = _there(present)
@@ -118,7 +121,7 @@ class Schedules:
         Raises ScheduleNotFoundError; InvalidRequestError where the queue takes such a job no more; DuplicateJobError,
         or JobNotFoundError when the one that held its key has been deleted since.
         """
-        decided = await self._store.trigger(name, self._make_job)
+        decided = await self._store.trigger(name, _there, self._make_job)
         self._tell([decided])
         assert decided.outcome is not None  # noqa: S101  # a trigger has a job
         match decided.outcome:
@@ -255,6 +258,8 @@ def _preview(schedule: Schedule) -> list[datetime]:
 def _there(schedule: Schedule | None) -> Schedule:
     if schedule is None:
         raise ScheduleNotFoundError
+    if not schedule.plan.is_readable:
+        raise InvalidRequestError("name", "what is stored of this schedule can not be read: put it anew")
     return schedule
 
 

@@ -58,7 +58,10 @@ class RunOutcome(StrEnum):
 
 
 class Plan(NamedTuple):
-    """What an operator asks of a schedule: exactly one of `cron` and `every_seconds` is set."""
+    """What an operator asks of a schedule: exactly one of `cron` and `every_seconds` is set.
+
+    Neither is where what was stored can not be read: then the other fields say nothing.
+    """
 
     job: JobRequest
     cron: str | None = None
@@ -66,6 +69,11 @@ class Plan(NamedTuple):
     timezone: str = "UTC"
     overlap: Overlap = Overlap.ALLOW
     missed: Missed = Missed.SKIP
+
+    @property
+    def is_readable(self) -> bool:
+        """Whether the fields say what was asked."""
+        return self.cron is not None or self.every_seconds is not None
 
     def keeps_time_with(self, other: "Plan") -> bool:
         """Whether both have the same rhythm."""

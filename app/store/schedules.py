@@ -129,13 +129,19 @@ class ScheduleStore:
 
         await self._database.transact(work)
 
-    async def trigger(self, name: str, make: Callable[[JobRequest], NewJob]) -> Decided:
-        """Enqueue a job of the schedule now, and note what came of it. Raises ScheduleNotFoundError."""
+    async def trigger(
+        self, name: str, check: Callable[[Schedule], object], make: Callable[[JobRequest], NewJob]
+    ) -> Decided:
+        """Enqueue a job of the schedule now, and note what came of it.
+
+        Raises ScheduleNotFoundError, and what `check` and `make` raise.
+        """
 
         async def work(transaction: Transaction) -> Decided:
             schedule = await self._lock(transaction, name)
             if schedule is None:
                 raise ScheduleNotFoundError
+            check(schedule)
             job = make(schedule.plan.job)
             now = await self._now(transaction)
             [outcome] = await store(transaction, self._clock(), [job])
@@ -403,9 +409,14 @@ def _plan(definition: str, payload: bytes) -> Plan:
 
 def _schedule(row: Any) -> Schedule:
     last_run_at = row.get("last_fire_at")
+    try:
+        plan = _plan(row["definition"], row["payload"])
+    except (KeyError, TypeError, ValueError):  # msgspec's errors are values' too
+        # Other rules wrote it. It must not keep the others from firing, nor from being shown.
+        plan = Plan(JobRequest(""))
     return Schedule(
         name=row["name"],
-        plan=_plan(row["definition"], row["payload"]),
+        plan=plan,
         paused=row["paused"],
         created_at=row["created_at"],
         anchored_at=row["anchored_at"],

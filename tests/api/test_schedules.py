@@ -472,6 +472,58 @@ class TestUnknownRhythm:
         assert shown["next_fires_at"][0] == "2026-06-01T12:02:00Z"
 
 
+class TestUnreadable:
+    """What is stored of it can not be read: other rules wrote it."""
+
+    @pytest.fixture
+    async def strange(self, queue: Replica, world: World) -> None:
+        """Store a schedule `s` that says what nobody here knows, and a plain one."""
+        await put(queue)
+        await put(queue, "other")
+        connection = await world.connect()
+        await connection.execute(
+            """UPDATE schedules SET definition = definition || '{"missed": "all"}' WHERE name = 's'"""
+        )
+
+    @pytest.mark.usefixtures("strange")
+    async def test_it_fails_by_itself_and_fires_no_more(self, queue: Replica, noon: Clock):
+        for _ in range(2):
+            noon.move(60)
+            await queue.maintain()
+        assert await outcomes(queue) == [("12:01:00", "failed", "rhythm", 1)]
+        assert [run[1] for run in await outcomes(queue, "other")] == ["fired", "fired"]
+
+    @pytest.mark.usefixtures("strange")
+    async def test_it_is_shown_without_fire_times(self, queue: Replica):
+        shown = (await queue.http.get("/schedules")).json()["schedules"]
+        assert [(each["name"], len(each["next_fires_at"])) for each in shown] == [("other", 5), ("s", 0)]
+        assert (await show(queue))["cron"] is None
+
+    @pytest.mark.usefixtures("strange")
+    async def test_nothing_is_made_of_it_and_it_stays_as_it_is(self, queue: Replica, world: World):
+        connection = await world.connect()
+        stored = "SELECT definition::text FROM schedules WHERE name = 's'"
+        before = await connection.fetchval(stored)
+        for verb in ("pause", "resume", "trigger"):
+            answer = await queue.http.post(f"/schedules/s/{verb}")
+            assert (answer.status_code, answer.json()["errors"][0]["field"]) == (422, "name")
+        assert await connection.fetchval(stored) == before
+        assert await runs(queue) == []
+
+    @pytest.mark.usefixtures("strange")
+    async def test_put_anew_it_goes_on(self, queue: Replica, noon: Clock):
+        noon.move(60)
+        await queue.maintain()
+        assert (await put(queue))["next_fires_at"][0] == "2026-06-01T12:02:00Z"
+        noon.move(60)
+        await queue.maintain()
+        assert (await runs(queue))[0]["outcome"] == "fired"
+
+    @pytest.mark.usefixtures("strange")
+    async def test_it_may_be_deleted(self, queue: Replica):
+        assert (await queue.http.delete("/schedules/s")).status_code == 204
+
+
 async def forget_zone(world: World, known_as: str = "US/Pacific-New") -> None:
     """Let the schedule `s` name a zone that there was until 2020, or another one."""
     connection = await world.connect()
