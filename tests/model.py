@@ -456,7 +456,9 @@ class Model:
                 return refused(409, "duplicate")
             self._keys[key] = job
         job.state, job.since, job.run_at, job.budget_start = "ready", now, now, job.attempt
-        job.reason = job.worker = job.started_at = job.finished_at = job.expires_at = None
+        job.reason = job.worker = job.started_at = job.finished_at = None
+        if job.attempt > 0 or (job.expires_at is not None and job.expires_at <= now):
+            job.expires_at = None
         return Answer(200, job.shown)
 
     def _needs_key(self, now: datetime, job: Job) -> bool:

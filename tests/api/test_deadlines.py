@@ -154,6 +154,56 @@ async def test_an_operator_may_retry_an_expired_job_and_its_deadline_is_gone(que
     assert (await queue.stats())["expired"] == 0
 
 
+@pytest.mark.parametrize("delay_seconds", [0, 5])
+@pytest.mark.parametrize("released", [False, True])
+async def test_a_job_that_was_cancelled_before_its_first_attempt_counted_keeps_its_deadline_when_it_comes_back(
+    queue: Replica, delay_seconds: int, released: bool
+):
+    job = await queue.enqueue(expires_in_seconds=10, delay_seconds=0 if released else delay_seconds)
+    if released:
+        await queue.verb("release", await queue.lease_one(), delay_seconds=delay_seconds)
+    await queue.http.post(f"/jobs/{job['id']}/cancel")
+    back = (await queue.http.post(f"/jobs/{job['id']}/retry")).json()
+    assert (back["state"], back["expires_at"]) == ("ready", job["expires_at"])
+    await reach(queue, job, before=MOMENT)
+    await queue.maintain()
+    assert (await queue.job(job["id"]))["state"] == "ready"
+    await reach(queue, job)
+    assert await queue.lease() == []
+    await queue.maintain()
+    assert (await queue.job(job["id"]))["state"] == "expired"
+
+
+@pytest.mark.parametrize(
+    ("ending", "state"), [("while active", "cancelled"), ("in retry", "cancelled"), ("given up", "failed")]
+)
+async def test_a_job_that_was_started_in_time_has_no_deadline_when_it_comes_back(
+    queue: Replica, ending: str, state: str
+):
+    job = await queue.enqueue(expires_in_seconds=10)
+    leased = await queue.lease_one()
+    if ending == "while active":
+        await queue.http.post(f"/jobs/{job['id']}/cancel")
+        await queue.verb("release", leased)
+    else:
+        await queue.fail(leased, retry=ending == "in retry")
+        await queue.http.post(f"/jobs/{job['id']}/cancel")
+    assert (await queue.job(job["id"]))["state"] == state
+    back = (await queue.http.post(f"/jobs/{job['id']}/retry")).json()
+    assert (back["state"], back["expires_at"]) == ("ready", None)
+    queue.clock.move(1000)
+    await queue.maintain()
+    assert (await queue.lease_one())["id"] == job["id"]
+
+
+async def test_a_deadline_that_has_passed_meanwhile_is_gone_when_the_job_comes_back(queue: Replica):
+    job = await queue.enqueue(expires_in_seconds=10)
+    await queue.http.post(f"/jobs/{job['id']}/cancel")
+    await reach(queue, job)
+    back = (await queue.http.post(f"/jobs/{job['id']}/retry")).json()
+    assert (back["state"], back["expires_at"]) == ("ready", None)
+
+
 async def test_an_expired_job_may_be_deleted_but_not_cancelled(queue: Replica):
     job = await queue.enqueue(expires_in_seconds=10)
     await reach(queue, job)
