@@ -333,10 +333,23 @@ class Jobs:
     ) -> Claim:
         """Take jobs as `lease` does, under a name: the same name again gets the same leases, as far as they stand.
 
-        Where none does it takes new ones; without slots, none. Nothing is kept of a name that got nothing. Where the
-        connection dies at the COMMIT it asks again: what was taken is found under the name.
+        Where none does it takes new ones; without slots, none. Nothing is kept of a name that got nothing, and nothing
+        is written where nothing is to be seen. Where the connection dies at the COMMIT it asks again: what was taken
+        is found under the name.
         """
+        foreseen = await self._foresee(name, stretches)
+        if foreseen is not None:
+            return foreseen
+        try:
+            return await self._lease_named(name, stretches, slots)
+        except UnavailableError as error:
+            if not error.outcome_unknown:
+                raise
+        return await self._lease_named(name, stretches, slots)
 
+    async def _lease_named(
+        self, name: RequestName, stretches: Sequence[Stretch], slots: Sequence[Slot]
+    ) -> Claim:
         async def work(transaction: Transaction) -> Claim:
             [request] = await transaction.fetch("lease_request", self._clock(), name.owner, name.request_id)
             delivery = Delivery(name, request["delivery"], is_replay=bool(request["job_ids"]))
@@ -360,18 +373,22 @@ class Jobs:
             )
             return claim._replace(delivery=delivery._replace(is_replay=False))
 
-        async def write() -> Claim:
-            try:
-                return await self._database.transact(work)
-            except _NothingLeasedError as nothing:
-                return nothing.claim
-
         try:
-            return await write()
-        except UnavailableError as error:
-            if not error.outcome_unknown:
-                raise
-        return await write()
+            return await self._database.transact(work)
+        except _NothingLeasedError as nothing:
+            return nothing.claim
+
+    async def _foresee(self, name: RequestName, stretches: Sequence[Stretch]) -> Claim | None:
+        """Return the empty claim that this will be; None when there is something to be seen."""
+        [seen] = await self._database.fetch(
+            "foresee",
+            self._clock(),
+            name.owner,
+            name.request_id,
+            *columns(stretches),
+            line=_LINE[not stretches or stretches[0].line.type is None],
+        )
+        return None if seen["anything"] else NOTHING._replace(claimed_at=seen["now"])
 
     async def take_back(self, delivery: Delivery, endings: Sequence[Ending]) -> dict[UUID, Verdict]:
         """End the attempts of a named request, as `conclude` does, unless they were handed out once more meanwhile."""

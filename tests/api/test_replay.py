@@ -7,7 +7,9 @@ from uuid import uuid4
 
 import pytest
 
+from app.engine import leasing
 from app.engine.cursors import Cursors
+from app.engine.leasing import NAMED_MAX
 from app.engine.service import released
 from app.queue.events import AttemptEnded, JobLeased, LeasesReplayed
 from app.store.jobs import Line, RequestName, Slot
@@ -226,14 +228,40 @@ class TestRaces:
         assert len(answers[0]) == 2
         assert all(answer == answers[0] for answer in answers)
 
+    async def test_only_a_few_at_a_time_and_who_does_not_get_a_turn_comes_back(
+        self, queue: Replica, world: World, monkeypatch: pytest.MonkeyPatch
+    ):
+        for _ in range(NAMED_MAX + 1):
+            await queue.enqueue()
+        async with no_claim_ends(world, queue):
+            first = [asyncio.create_task(ask(queue, f"r{n}", max_jobs=1)) for n in range(NAMED_MAX)]
+            await world.blocked(NAMED_MAX)
+            monkeypatch.setattr(leasing, "NAMED_WAIT_SECONDS", 0.01)
+            body = {"queues": ["q"], "wait_seconds": 0, "request_id": "late"}
+            late = await queue.http.post("/lease", json=body)
+            assert "request_id" in problem(late, "unavailable")["detail"]
+            # Nobody else waits for them.
+            assert (await queue.http.post("/jobs", json={"queue": "other"})).status_code == 201
+        leased = [*await asyncio.gather(*first), await ask(queue, "late", max_jobs=1)]
+        assert len({job["id"] for [job] in leased}) == NAMED_MAX + 1
+
+    async def test_more_at_once_get_their_turn_one_after_the_other(self, queue: Replica):
+        for _ in range(3 * NAMED_MAX):
+            await queue.enqueue()
+        leased = await asyncio.gather(*(ask(queue, f"r{n}", max_jobs=1) for n in range(3 * NAMED_MAX)))
+        assert len({job["id"] for [job] in leased}) == 3 * NAMED_MAX
+
     async def test_the_winner_that_finds_nothing_lets_the_other_look_for_itself(self, world: World):
         here, there = await idle_replica(world), await idle_replica(world)
         await here.enqueue("mine")
+        await here.enqueue("purged")
         async with no_claim_ends(world, here):
-            first = asyncio.create_task(ask(here, queues=["none"]))
+            first = asyncio.create_task(ask(here, queues=["purged"]))
             await world.blocked()
             second = asyncio.create_task(ask(there, queues=["mine"]))
             await world.blocked(2)
+            # It saw a job, and will find none.
+            assert (await there.http.post("/queues/purged/purge")).status_code == 200
         assert await first == []
         assert len(await second) == 1
 

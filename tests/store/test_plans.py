@@ -16,7 +16,7 @@ from uuid_utils.compat import uuid7
 
 from app.engine.cursors import Cursors
 from app.store.database import HOT_SETTINGS, Database, statement
-from app.store.jobs import _KEPT, BEGINNING, CLAIM_SLACKS, END, Jobs, Line, columns
+from app.store.jobs import _KEPT, _LINE, BEGINNING, CLAIM_SLACKS, END, Jobs, Line, columns
 from app.store.redriving import Standing, StoredDeadLetters
 from app.store.schedules import FIRST, ScheduleStore
 from tests.conftest import TEMPLATE, _recreate, with_database
@@ -308,6 +308,13 @@ class TestLease:
         rare.assert_reads_only_what_it_takes(1 + CLAIM_SLACK)
         assert any(scan[1:] == ("ready", 1) for scan in rare.scans())
         assert rare.buffers <= 1.5 * common.buffers
+
+    @pytest.mark.parametrize("type_", [None, "default"])
+    async def test_a_named_lease_foresees_by_look_ups(self, seeded: Seeded, type_: str | None):
+        stretches = columns(Cursors().ahead([Line("q", type_)]))
+        foresee = statement("foresee", "leaseq", line=_LINE[type_ is None])
+        plan = await seeded.explain_text(foresee, None, "", "r", *stretches)
+        plan.assert_reads_only_what_it_takes(1)
 
     async def test_a_replay_looks_its_leases_up(self, seeded: Seeded):
         plan = await seeded.explain("standing", seeds("leases"), tokens())

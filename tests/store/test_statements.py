@@ -46,6 +46,24 @@ async def test_a_lease_that_finds_nothing_is_one_statement(queue: Replica):
     assert statements == ["lease"]
 
 
+@pytest.mark.parametrize("wait_seconds", [0, 0.05])
+async def test_a_named_lease_that_finds_nothing_writes_nothing(queue: Replica, wait_seconds: float):
+    async with logged(queue) as statements:
+        assert await queue.lease(request_id="r", wait_seconds=wait_seconds) == []
+    # After a wait it looks once more: a twin may have got something elsewhere.
+    assert statements == ["foresee"] * (2 if wait_seconds else 1)
+
+
+async def test_a_named_lease_looks_and_then_is_one_transaction(queue: Replica):
+    await queue.enqueue()
+    async with logged(queue) as statements:
+        await queue.lease_one(request_id="r")
+    assert statements == ["foresee", "BEGIN;", "lease_request", "lease", "keep_leases", "COMMIT;"]
+    async with logged(queue) as statements:
+        await queue.lease_one(request_id="r")
+    assert statements == ["foresee", "BEGIN;", "lease_request", "standing", "COMMIT;"]
+
+
 @pytest.mark.parametrize("verb", ["heartbeat", "ack"])
 async def test_heartbeat_and_ack_are_one_statement_that_commits_itself(queue: Replica, verb: str):
     await queue.enqueue()
