@@ -517,7 +517,7 @@ class Model:
             job for job in self.jobs if job.fields["queue"] == queue and job.state in (*WAITING, *DELAYED)
         ]
         self.jobs = [job for job in self.jobs if job not in gone]
-        return Answer(200, {"matched": len(gone), "changed": len(gone)})
+        return Answer(200, {"matched": len(gone), "changed": len(gone), "more": False})
 
     def pause(self, queue: str, *, paused: bool) -> Answer:
         (self.paused.add if paused else self.paused.discard)(queue)

@@ -160,6 +160,7 @@ class PurgeReply(Struct):
 
     matched: int
     changed: int
+    more: Annotated[bool, Meta(description="it has taken its time, some 20 seconds: call again to go on")]
 
 
 class QueuesQuery(BaseModel):
@@ -278,12 +279,13 @@ def router(service: Service) -> APIRouter:
         description=(
             "Jobs that are `ready`, `held`, `scheduled` or in `retry` go, with their attempts and unique keys; active"
             " ones and those that have ended stay. In steps: what is removed when the call ends early stays removed."
+            " After some 20 seconds it answers what it has done so far, with `more`."
         ),
         openapi_extra=answers(PurgeReply, "How many jobs were there, and are removed.", "not_found"),
     )
     async def purge_queue(name: QueueName) -> Response:
-        removed = await service.queues.purge(known(name))
-        return json_response(PurgeReply(removed, removed))
+        purged = await service.queues.purge(known(name))
+        return json_response(PurgeReply(purged.removed, purged.removed, purged.more))
 
     return routes
 

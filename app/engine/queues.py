@@ -3,14 +3,17 @@
 A change is in force here before its answer goes, and in all other processes within a second.
 """
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Any
+from typing import Any, NamedTuple
 from uuid import UUID
 
 from app.engine.copies import Copies
-from app.queue.errors import QueueNotFoundError
+from app.engine.operating import BULK_SECONDS
+from app.queue.errors import QueueNotFoundError, UnavailableError
 from app.queue.events import Observer, QueueChange, QueueChanged, QueuePurged
 from app.queue.lifecycle import State, summed_up
 from app.queue.model import PRIORITY_MAX, PRIORITY_MIN, Queue, QueuePolicy
@@ -33,6 +36,34 @@ class QueueShown:
     oldest_ready_seconds: float | None
 
 
+class Purged(NamedTuple):
+    """How many jobs a purge has removed, and whether it has left some: it had taken its time."""
+
+    removed: int
+    more: bool
+
+
+class _Purge:
+    """How far one purge has got. However many are delayed, those that wait get half of its time."""
+
+    def __init__(self, seconds: float) -> None:
+        self.half = time.monotonic() + seconds / 2
+        self.until = self.half + seconds / 2
+        self.removed = 0
+        self.missed = False
+        self.left = False
+
+    async def take(self, steps: AsyncGenerator[PurgeStep[Any]], until: float) -> None:
+        """Take these steps, until then."""
+        async with aclosing(steps):
+            async for step in steps:
+                self.removed += step.changed
+                self.missed |= step.missed > 0
+                if step.next is not None and time.monotonic() >= until:
+                    self.left = True
+                    return
+
+
 Oldest = Callable[[Mapping[str, Mapping[State, int]]], Awaitable[dict[str, float]]]
 
 
@@ -49,12 +80,14 @@ class Queues:
         observer: Observer,
         now: Callable[[], Awaitable[datetime]],
         oldest: Oldest,
+        purge_seconds: float = BULK_SECONDS,
     ) -> None:
         self._stored = stored
         self._now = now
         self._copies = copies
         self._observer = observer
         self._oldest = oldest
+        self.purge_seconds = purge_seconds
 
     async def page(self, limit: int, after: str) -> tuple[list[QueueShown], str | None]:
         """Return queues that have a policy or jobs, by their names, and the name after which the next page begins."""
@@ -93,43 +126,49 @@ class Queues:
             raise QueueNotFoundError
         await self._changed(name, QueueChange.DELETED)
 
-    async def purge(self, name: str) -> int:
-        """Remove all that waits or is delayed; return how many jobs. Raises QueueNotFoundError.
+    async def purge(self, name: str) -> Purged:
+        """Remove all that waits or is delayed. Raises QueueNotFoundError.
 
-        What others move meanwhile is followed: from delayed to waiting, and in a second and a third pass.
+        What others move meanwhile is followed: from delayed to waiting, and in a second and a third pass. What has been
+        done stands: where the database goes away under way, the answer says that there is more.
         """
         await self.queue(name)
-        removed = 0
+        call = _Purge(self.purge_seconds)
         try:
             for _ in range(PURGE_PASSES_MAX):
-                missed = 0
-                async for step in self._purge_steps(name):
-                    removed += step.changed
-                    missed += step.missed
-                if not missed:
+                call.left = call.missed = False
+                await call.take(self._delayed_steps(name), call.half)
+                await call.take(self._ready_steps(name), call.until)
+                if call.left or not call.missed:
                     break
+        except UnavailableError:
+            if not call.removed:
+                raise
+            call.left = True
         finally:
-            if removed:
-                self._observer.on(QueuePurged(queue=name, removed=removed))
-        return removed
+            if call.removed:
+                self._observer.on(QueuePurged(queue=name, removed=call.removed))
+        return Purged(call.removed, call.left or call.missed)
 
-    async def _purge_steps(self, name: str) -> AsyncIterator[PurgeStep[Any]]:
+    async def _delayed_steps(self, name: str) -> AsyncGenerator[PurgeStep[UUID]]:
         for place in BY_ID:
             # What comes from now on is not looked at: a busy producer must not keep this going.
             last, after = await self._stored.last_id(place), UUID(int=0)
             while last is not None:
-                by_id = await self._stored.purge_by_id(name, place, after, last, PURGE_BATCH)
-                yield by_id
-                if by_id.next is None:
+                step = await self._stored.purge_by_id(name, place, after, last, PURGE_BATCH)
+                yield step
+                if step.next is None:
                     break
-                after = by_id.next
+                after = step.next
+
+    async def _ready_steps(self, name: str) -> AsyncGenerator[PurgeStep[datetime]]:
         until = await self._now() + UNDER_WAY
         for priority in range(PRIORITY_MAX, PRIORITY_MIN - 1, -1):
             since: datetime | None = BEGINNING
             while since is not None:
-                of_line = await self._stored.purge_ready(name, priority, since, until, PURGE_BATCH)
-                yield of_line
-                since = of_line.next
+                step = await self._stored.purge_ready(name, priority, since, until, PURGE_BATCH)
+                yield step
+                since = step.next
 
     async def _pause(self, name: str, *, paused: bool) -> QueueShown:
         queue = await self._stored.pause(name, paused=paused)

@@ -126,7 +126,7 @@ class StoredQueues:
         """Remove up to `limit` jobs that became ready in this time, the first ones."""
 
         async def work(transaction: Transaction) -> PurgeStep[datetime]:
-            rows = await transaction.fetch("lock_ready", name, priority, since, until, limit)
+            rows = await transaction.fetch("next_ready", name, priority, since, until, limit)
             return await _purge(transaction, name, ready.name, rows, full=rows[0]["seen"] == limit)
 
         return await self._database.transact(work, lock_seconds=STRANGERS_LOCK_SECONDS)
@@ -137,7 +137,7 @@ class StoredQueues:
         """Look at the next `limit` jobs that are scheduled or held, by their ids, and remove those of the queue."""
 
         async def work(transaction: Transaction) -> PurgeStep[UUID]:
-            rows = await transaction.fetch("lock_by_id", name, after, until, limit, place=place)
+            rows = await transaction.fetch("next_by_id", name, after, until, limit, place=place)
             return await _purge(transaction, name, place, rows, full=rows[0]["seen"] == limit)
 
         return await self._database.transact(work, lock_seconds=STRANGERS_LOCK_SECONDS)
@@ -202,10 +202,15 @@ class StoredQueues:
 async def _purge(
     transaction: Transaction, name: str, place: str, rows: Sequence[Any], *, full: bool
 ) -> PurgeStep[Any]:
-    ids = [row["id"] for row in rows if row["id"] is not None]
-    if ids:
-        await transaction.fetch("purge", name, ids, place=place, state=_STATES[place])
-    return PurgeStep(len(ids), rows[0]["wanted"] - len(ids), rows[0]["next"] if full else None)
+    wanted = [row["id"] for row in rows if row["id"] is not None]
+    mine: list[UUID] = []
+    if wanted:
+        await transaction.fetch("lock_keys_of", name, wanted)
+        locked = await transaction.fetch("lock_place", name, wanted, place=place)
+        mine = [row["id"] for row in locked]
+    if mine:
+        await transaction.fetch("purge", name, mine, place=place, state=_STATES[place])
+    return PurgeStep(len(mine), len(wanted) - len(mine), rows[0]["next"] if full else None)
 
 
 async def publish_defaults(

@@ -238,7 +238,7 @@ class TestPurge:
         gone.append((await queue.enqueue("q", delay_seconds=60))["id"])
         elsewhere = [await queue.enqueue("other"), await queue.enqueue("other", delay_seconds=60)]
 
-        assert await do(queue, "purge") == {"matched": len(gone), "changed": len(gone)}
+        assert await do(queue, "purge") == {"matched": len(gone), "changed": len(gone), "more": False}
 
         for job_id in gone:
             problem(await queue.http.get(f"/jobs/{job_id}"), "not_found")
@@ -255,7 +255,7 @@ class TestPurge:
         connection = await world.connect()
         assert await connection.fetchval("SELECT count(*) FROM notes") == 0
         assert queue.events.of(QueuePurged) == [QueuePurged(queue="q", removed=len(gone))]
-        assert await do(queue, "purge") == {"matched": 0, "changed": 0}
+        assert await do(queue, "purge") == {"matched": 0, "changed": 0, "more": False}
         assert len(queue.events.of(QueuePurged)) == 1
 
     async def test_goes_on_step_by_step(self, queue: Replica, monkeypatch: pytest.MonkeyPatch):
@@ -264,14 +264,35 @@ class TestPurge:
             await queue.enqueue("q", priority=n % 2)
             await queue.enqueue("q", delay_seconds=60)
             await queue.enqueue("other", delay_seconds=60)
-        assert await do(queue, "purge") == {"matched": 14, "changed": 14}
+        assert await do(queue, "purge") == {"matched": 14, "changed": 14, "more": False}
         assert (await queue.stats())["delayed"] == 7
+
+    async def test_says_when_it_has_taken_its_time(self, queue: Replica, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.setattr("app.engine.queues.PURGE_BATCH", 2)
+        queue.machine.service.queues.purge_seconds = 0
+        for _ in range(3):
+            await queue.enqueue("q")
+            await queue.enqueue("q", delay_seconds=60)
+        assert await do(queue, "purge") == {"matched": 4, "changed": 4, "more": True}
+        assert await do(queue, "purge") == {"matched": 2, "changed": 2, "more": False}
+
+    async def test_waits_for_a_unique_key_without_the_jobs_place_in_its_hands(
+        self, world: World, queue: Replica
+    ):
+        job = await queue.enqueue("q", unique={"key": "k"})
+        # As an application that is about to replace the job in its own transaction.
+        async with holding(world, "SELECT FROM unique_keys FOR UPDATE") as application:
+            purging = asyncio.create_task(do(queue, "purge"))
+            await world.blocked()
+            await application.execute("SELECT FROM ready WHERE id = $1 FOR UPDATE NOWAIT", job["id"])
+        assert await purging == {"matched": 1, "changed": 1, "more": False}
+        assert (await queue.enqueue("q", unique={"key": "k"}))["id"] != job["id"]
 
     async def test_of_a_queue_that_is_not_is_not_found(self, queue: Replica):
         problem(await queue.http.post("/queues/nowhere/purge"), "not_found")
         problem(await queue.http.post("/queues/-q/purge"), "not_found")
         await queue.http.put("/queues/q", json={})
-        assert await do(queue, "purge") == {"matched": 0, "changed": 0}
+        assert await do(queue, "purge") == {"matched": 0, "changed": 0, "more": False}
 
     async def test_frees_unique_keys(self, world: World, queue: Replica):
         job = await queue.enqueue("q")
@@ -301,7 +322,7 @@ class TestPurge:
             )
             await lease.execute("COMMIT")
             await lease.execute("BEGIN")
-        assert await purging == {"matched": 2, "changed": 2}
+        assert await purging == {"matched": 2, "changed": 2, "more": False}
         assert (await queue.job(jobs[1]["id"]))["state"] == "active"
 
     async def test_follows_a_job_that_was_promoted_meanwhile(self, world: World, queue: Replica):
@@ -318,7 +339,7 @@ class TestPurge:
             )
             await promotion.execute("COMMIT")
             await promotion.execute("BEGIN")
-        assert await purging == {"matched": 1, "changed": 1}
+        assert await purging == {"matched": 1, "changed": 1, "more": False}
         problem(await queue.http.get(f"/jobs/{job['id']}"), "not_found")
 
     async def test_racing_leases_and_promotions_leaves_each_job_in_one_place(
