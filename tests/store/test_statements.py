@@ -96,7 +96,7 @@ async def test_a_retry_of_a_job_without_a_unique_key_is_a_look_and_a_move_in_one
     await queue.fail(await queue.lease_one(), retry=False)
     async with logged(queue) as statements:
         assert (await queue.http.post(f"/jobs/{job['id']}/retry")).status_code == 200
-    assert statements == ["BEGIN;", "dead_keys", "retry", "COMMIT;"]
+    assert statements == ["BEGIN;", "SET LOCAL lock_timeout = '2.0s'", "dead_keys", "retry", "COMMIT;"]
 
 
 async def test_a_hundred_jobs_are_enqueued_leased_and_acked_with_a_statement_each(queue: Replica):
