@@ -106,7 +106,7 @@ class Work:
         result = (
             None if body.result is UNSET else bounded("result", bytes(body.result), self._payload_bytes_max)
         )
-        then = await self._settling.follow_ups(body.then, traceparent_of(call)) if body.then else ()
+        then = self._settling.follow_ups(body.then, traceparent_of(call))
         job = await self._service.ack(call.job_id, lease_id_of(body.lease_id), result, then)
         return Reply(encode(JobReply.of(job)))
 

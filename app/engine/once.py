@@ -107,14 +107,13 @@ class Once:
         """Store one job, or return the one that stands for it.
 
         Raises InvalidRequestError, DuplicateJobError, IdempotencyConflictError; JobNotFoundError when the job that
-        the key stands for is not kept any more.
+        the key stands for is not kept any more. What can not be stored by now may be a repeat all the same.
         """
         error: QueueError = DuplicateJobError()
         for _ in range(TRIES_MAX):
-            answer = await self._line.submit(Call([await self._resolve(request, None)], key))
-            match answer:
-                case Exception():
-                    raise answer
+            match await self._ask(request, key):
+                case Exception() as refusal:
+                    raise refusal
                 case Repeat(ids):
                     return await self._repeated(ids[0])
                 case [Stored(job)]:
@@ -128,6 +127,16 @@ class Once:
                     # Deleted meanwhile; or past its retention, while its window still lasts.
                     error = DuplicateJobError(job_id)
         raise error
+
+    async def _ask(self, request: JobRequest, key: IdempotencyKey | None) -> Answered | Exception:
+        try:
+            job = await self._resolve(request, None)
+        except InvalidRequestError:
+            answer = None if key is None else await self._jobs.earlier(key)
+            if answer is None:
+                raise
+            return answer
+        return await self._line.submit(Call([job], key))
 
     @asynccontextmanager
     async def turn(self) -> AsyncIterator[None]:
@@ -152,33 +161,43 @@ class Once:
     ) -> list[Item | QueueError]:
         """Store many jobs in one transaction; return what came of each, in order. Takes a `turn`.
 
-        What is an error already is passed on. With `atomic` all are stored or none: raises InvalidItemsError then.
-        Raises IdempotencyConflictError.
+        What is an error already is passed on, but where this is a repeat. With `atomic` all are stored or none: raises
+        InvalidItemsError then. Raises IdempotencyConflictError.
         """
         wanted = await self._resolve_all(requests)
-        if atomic:
-            _refuse_whole(wanted)
-        new = [None if isinstance(each, QueueError) else each for each in wanted]
-        answer: Answered = [None] * len(new)
-        if any(new) or key is not None:
-            try:
-                [answer] = await self._jobs.store([Call(new, key, atomic)], lock_seconds=BATCH_LOCK_SECONDS)
-            except UndoneError as undone:
-                _refuse_whole(each.error if isinstance(each, Refused) else each for each in undone.outcomes)
+        answer = await self._store_all(wanted, key, atomic=atomic)
         if isinstance(answer, QueueError):
             raise answer
+        outcomes: list[Outcome | None]
         if isinstance(answer, Repeat):
-            outcomes: list[Outcome | None] = [
-                Refused(DuplicateJobError()) if id_ is None else Duplicate(id_) for id_ in answer.job_ids
-            ]
+            outcomes = [_again(job_id, each) for job_id, each in zip(answer.job_ids, wanted, strict=True)]
         else:
             outcomes = answer
-            await self._tell(outcomes)
+            await self.tell(outcomes)
         states = await self._states([each.job_id for each in outcomes if isinstance(each, Duplicate)])
         return [
-            each if isinstance(each, QueueError) else _item(outcome, states)
+            each if isinstance(each, QueueError) and outcome is None else _item(outcome, states)
             for each, outcome in zip(wanted, outcomes, strict=True)
         ]
+
+    async def _store_all(
+        self, wanted: Sequence[NewJob | QueueError], key: IdempotencyKey | None, *, atomic: bool
+    ) -> Answered:
+        new = [None if isinstance(each, QueueError) else each for each in wanted]
+        if atomic and not all(new):
+            # Perhaps an earlier call has stored them, when they could be.
+            earlier = None if key is None else await self._jobs.earlier(key)
+            if earlier is not None:
+                return earlier
+            _refuse_whole(wanted)
+        if key is None and not any(new):
+            return [None] * len(new)
+        try:
+            [answer] = await self._jobs.store([Call(new, key, atomic)], lock_seconds=BATCH_LOCK_SECONDS)
+        except UndoneError as undone:
+            _refuse_whole(each.error if isinstance(each, Refused) else each for each in undone.outcomes)
+            raise
+        return answer
 
     async def _resolve_all(self, requests: Sequence[JobRequest | QueueError]) -> list[NewJob | QueueError]:
         now = None
@@ -197,12 +216,14 @@ class Once:
                 wanted.append(error)
         return wanted
 
-    async def _tell(self, outcomes: Sequence[Outcome | None]) -> None:
+    async def tell(self, outcomes: Sequence[Outcome | None]) -> None:
+        """Wake and note, a part at a time."""
         for begin in range(0, len(outcomes), SLICE):
+            if begin:
+                await asyncio.sleep(0)
             part = outcomes[begin : begin + SLICE]
             self.wake(part)
             self.note(part)
-            await asyncio.sleep(0)
 
     async def _states(self, job_ids: Sequence[UUID]) -> dict[UUID, State]:
         states: dict[UUID, State] = {}
@@ -306,6 +327,13 @@ class Once:
     def _note(self, answer: Answered | Exception) -> None:
         if isinstance(answer, list):
             self.note(answer)
+
+
+def _again(job_id: UUID | None, wanted: NewJob | QueueError) -> Outcome | None:
+    """Return what came of an item before; of one that was refused then, and is an error now, nothing."""
+    if job_id is not None:
+        return Duplicate(job_id)
+    return None if isinstance(wanted, QueueError) else Refused(DuplicateJobError())
 
 
 def _item(outcome: Outcome | None, states: Mapping[UUID, State]) -> Item | QueueError:

@@ -9,6 +9,7 @@ import random
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from types import MappingProxyType
 from typing import Any, TypeVar
 from uuid import UUID
 
@@ -32,7 +33,13 @@ from app.engine.streams import Streams
 from app.engine.wakeup import Waiter, Wakeups
 from app.engine.watching import Watching
 from app.engine.workers import Workers
-from app.queue.errors import JobNotFoundError, LeaseLostError, QueueError, UnavailableError
+from app.queue.errors import (
+    InvalidRequestError,
+    JobNotFoundError,
+    LeaseLostError,
+    QueueError,
+    UnavailableError,
+)
 from app.queue.events import (
     JobCompleted,
     JobEnqueued,
@@ -313,20 +320,31 @@ class Service:
         return []
 
     async def ack(
-        self, job_id: UUID, lease_id: UUID, result: bytes | None, then: tuple[NewJob, ...] = ()
+        self, job_id: UUID, lease_id: UUID, result: bytes | None, then: Sequence[JobRequest] = ()
     ) -> Job:
         """Finish a job, and enqueue its follow-ups in the same transaction.
 
-        Raises JobNotFoundError, LeaseLostError, DuplicateJobError.
+        Raises JobNotFoundError, LeaseLostError, DuplicateJobError, and InvalidRequestError for a follow-up that its
+        queue does not take.
         """
-        answer = await self._say(Ack(job_id, lease_id, result, then=then))
+        new, error = await self.follow_ups(then)
+        ack = Ack(job_id, lease_id, result, then=new)
+        answer = await self._say(ack, {} if error is None else {job_id: error})
         if isinstance(answer, Job):
             return answer
         return (await self.job(job_id))._replace(then=answer.then if isinstance(answer, Settled) else ())
 
-    async def follow_up(self, request: JobRequest) -> NewJob:
-        """Return a follow-up as an ack takes it. Raises InvalidRequestError for what its queue does not take."""
-        return await self._resolved(request)
+    async def follow_ups(
+        self, requests: Sequence[JobRequest]
+    ) -> tuple[tuple[NewJob, ...], InvalidRequestError | None]:
+        """Return follow-ups as an ack takes them, or why it can not: the first one that its queue does not take."""
+        jobs = []
+        for number, request in enumerate(requests):
+            try:
+                jobs.append(await self._resolved(request))
+            except InvalidRequestError as error:
+                return (), InvalidRequestError(f"then[{number}].{error.field}", error.message)
+        return tuple(jobs), None
 
     async def fail(self, job_id: UUID, lease_id: UUID, failure: Failure) -> Settled:
         """End an attempt that failed. Raises JobNotFoundError, LeaseLostError."""
@@ -342,21 +360,28 @@ class Service:
         assert isinstance(answer, Beat)  # noqa: S101  # there is no record of heartbeats to answer from
         return answer
 
-    async def settle(self, words: Sequence[Word]) -> list[Said | QueueError]:
+    async def settle(
+        self, words: Sequence[Word], refused: Mapping[UUID, QueueError] = MappingProxyType({})
+    ) -> list[Said | QueueError]:
         """Take what a worker says of its jobs, each named once; return what came of each word, in order.
+
+        The words on jobs in `refused` can not be taken any more: they get that error, but where they are repeats.
 
         One word joins the group commit of its kind, several are one transaction of their own. A word on a lease
         that the same verb has ended before gets the answer that was recorded; on another that does not stand, an
         error.
         """
-        answers: Mapping[UUID, Said | QueueError]
-        if len(words) > 1 or (isinstance(words[0], Ack) and words[0].then):
-            answers = await self._jobs.settle(words, self._tell_stored)
+        answers: Mapping[UUID, Said | QueueError] = {}
+        taken = [word for word in words if word.job_id not in refused]
+        if len(taken) > 1 or any(isinstance(word, Ack) and word.then for word in taken):
+            answers = await self._jobs.settle(taken, self.once.tell)
             self._tell([answer for answer in answers.values() if not isinstance(answer, QueueError)])
-        else:
-            answer = await self._settle_one(words[0])
-            answers = {} if answer is None else {words[0].job_id: answer}
+        elif taken and (answer := await self._settle_one(taken[0])) is not None:
+            answers = {taken[0].job_id: answer}
         recalled = await self._recall([word for word in words if word.job_id not in answers])
+        for job_id, error in refused.items():
+            if isinstance(recalled[job_id], LeaseLostError | JobNotFoundError):
+                recalled[job_id] = error
         return [answers.get(word.job_id) or recalled[word.job_id] for word in words]
 
     async def job(self, job_id: UUID) -> Job:
@@ -498,8 +523,8 @@ class Service:
             case Heartbeat():
                 return self._heartbeats, self._jobs.heartbeat
 
-    async def _say(self, word: Word) -> Said:
-        [answer] = await self.settle([word])
+    async def _say(self, word: Word, refused: Mapping[UUID, QueueError] = MappingProxyType({})) -> Said:
+        [answer] = await self.settle([word], refused)
         if isinstance(answer, QueueError):
             raise answer
         return answer

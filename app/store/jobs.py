@@ -20,7 +20,7 @@ from uuid_utils.compat import uuid7
 
 from app.queue.dead_letters import Copy, copy_of
 from app.queue.editing import Editable, Edited
-from app.queue.errors import DuplicateJobError, UnavailableError
+from app.queue.errors import DuplicateJobError, IdempotencyConflictError, UnavailableError
 from app.queue.groups import error_group
 from app.queue.lifecycle import CANCELLABLE, RETRIABLE, TERMINAL, State
 from app.queue.model import (
@@ -33,6 +33,7 @@ from app.queue.model import (
     Done,
     Ending,
     Heartbeat,
+    IdempotencyKey,
     Jitter,
     Job,
     Lease,
@@ -59,6 +60,7 @@ from app.store.once import (
     Stored,
     array_text,
     backoff_text,
+    earlier,
     id_of,
     insert,
     reclaim,
@@ -295,6 +297,10 @@ class Jobs:
         message = "Whether these jobs are stored is not known; ask again with the same keys."
         raise UnavailableError(message)
 
+    async def earlier(self, key: IdempotencyKey) -> Repeat | IdempotencyConflictError | None:
+        """Return what an earlier call with this key brought; None when there is none."""
+        return (await earlier(self._database, self._clock(), [key])).get(key)
+
     async def _found(self, calls: Sequence[Call]) -> dict[UUID, Job]:
         """Return those jobs of the calls that are stored, as they were stored."""
         ids = [job.id for call in calls for job in call.jobs if job is not None]
@@ -475,7 +481,7 @@ class Jobs:
         return await self._keeping(lambda: self._heartbeat(self._database, heartbeats, wait=wait))
 
     async def settle(
-        self, words: Sequence[Word], told: Callable[[Sequence[Outcome]], None] = lambda _: None
+        self, words: Sequence[Word], told: Callable[[Sequence[Outcome]], Awaitable[None]]
     ) -> dict[UUID, Job | Done | Verdict | Beat | DuplicateJobError]:
         """Take all words in one transaction; return what each did whose lease still stood, by job id.
 
@@ -493,7 +499,7 @@ class Jobs:
         raise UnavailableError(message)
 
     async def _settle(
-        self, words: Sequence[Word], told: Callable[[Sequence[Outcome]], None]
+        self, words: Sequence[Word], told: Callable[[Sequence[Outcome]], Awaitable[None]]
     ) -> dict[UUID, Job | Done | Verdict | Beat]:
         acks = [word for word in words if isinstance(word, Ack)]
         following = [ack for ack in acks if ack.then]
@@ -518,7 +524,7 @@ class Jobs:
         # Strangers may hold the follow-ups' unique keys.
         lock_seconds = STRANGERS_LOCK_SECONDS if following else None
         done = await self._keeping(lambda: self._database.transact(work, lock_seconds=lock_seconds))
-        told(followed)
+        await told(followed)
         return done
 
     async def reap(

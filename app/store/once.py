@@ -330,7 +330,7 @@ async def store_calls(
 
 async def _known(
     transaction: Transaction, now: datetime | None, calls: Sequence[Call]
-) -> tuple[dict[IdempotencyKey | None, Repeat | IdempotencyConflictError], set[IdempotencyKey]]:
+) -> tuple[dict[IdempotencyKey, Repeat | IdempotencyConflictError], set[IdempotencyKey]]:
     """Lock the calls' keys; return those that stand for an earlier call, with what it brought, and those made just now."""
     if not calls:
         return {}, set()
@@ -341,13 +341,22 @@ async def _known(
     found = [(key, ids) for key, ids in ordered if key not in made]
     if not found:
         return {}, made
-    rows = await transaction.fetch("earlier_calls", now, *_call_columns(found)[:3], IDEMPOTENCY_SECONDS)
-    known: dict[IdempotencyKey | None, Repeat | IdempotencyConflictError] = {}
+    return await earlier(transaction, now, [key for key, _ in found]), made
+
+
+async def earlier(
+    runner: Database | Transaction, now: datetime | None, keys: Sequence[IdempotencyKey]
+) -> dict[IdempotencyKey, Repeat | IdempotencyConflictError]:
+    """Return what earlier calls with these keys brought; those that stand for none are left out."""
+    columns = _call_columns([(key, ()) for key in keys])[:3]
+    rows = await runner.fetch("earlier_calls", now, *columns, IDEMPOTENCY_SECONDS)
+    asked = {key[:3]: key for key in keys}
+    known: dict[IdempotencyKey, Repeat | IdempotencyConflictError] = {}
     for row in rows:
-        key, _ = keys[row["owner"], row["path"], row["key"]]
+        key = asked[row["owner"], row["path"], row["key"]]
         same = row["body_hash"] == key.body_hash
         known[key] = Repeat(row["job_ids"]) if same else IdempotencyConflictError()
-    return known, made
+    return known
 
 
 def _minted(call: Call) -> list[UUID | None]:

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from datetime import timedelta
 from typing import Any
 
 import httpx
@@ -320,3 +321,20 @@ async def test_start_deadlines_are_those_of_each_job(queue: Replica, clock: Cloc
         )
     )
     assert [each["status"] for each in told] == [422, 201, 422]
+
+
+@pytest.mark.parametrize("atomic", [False, True])
+async def test_a_repeat_after_the_start_deadlines_gives_the_ids_again(
+    queue: Replica, clock: Clock, atomic: bool
+):
+    until = (clock.move(0) + timedelta(seconds=60)).isoformat()
+    body = {"jobs": [{"queue": "q", "expires_at": until}, {"queue": "q"}], "atomic": atomic}
+    first = await queue.http.post("/jobs/batch", json=body, headers={"Idempotency-Key": "k"})
+    ids = [each["id"] for each in first.json()["results"]]
+    clock.move(61)
+    again = await queue.http.post("/jobs/batch", json=body, headers={"Idempotency-Key": "k"})
+    assert [(each["status"], each["id"]) for each in again.json()["results"]] == [(200, id_) for id_ in ids]
+    other = await queue.http.post("/jobs/batch", json=body, headers={"Idempotency-Key": "other"})
+    assert other.status_code == (422 if atomic else 200)
+    if not atomic:
+        assert [each["status"] for each in other.json()["results"]] == [422, 201]

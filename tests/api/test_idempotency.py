@@ -1,6 +1,7 @@
 """The header `Idempotency-Key`: a repeated request does nothing more and gets the job of the first one."""
 
 import asyncio
+from datetime import timedelta
 from typing import Any
 
 import httpx
@@ -149,3 +150,29 @@ async def test_maintenance_forgets_keys_after_24_hours(world: World, queue: Repl
     assert (await queue.maintain())["sweep"] == 1
     connection = await world.connect()
     assert await connection.fetchval("SELECT array_agg(key) FROM idempotency_keys") == ["new"]
+
+
+async def test_a_repeat_after_the_start_deadline_gets_the_job_and_a_new_request_is_refused(
+    world: World, queue: Replica, clock: Clock
+):
+    until = (clock.move(0) + timedelta(seconds=60)).isoformat()
+    first = (await post(queue, expires_at=until)).json()
+    clock.move(61)
+    again = await post(queue, expires_at=until)
+    assert (again.status_code, again.json()["id"], again.json()["duplicate"]) == (200, first["id"], True)
+    async with nothing_changes(world):
+        assert problem(await post(queue, "other", expires_at=until), "invalid")
+        problem(await post(queue, expires_at=until, payload=2), "idempotency_conflict")
+    # What was refused has left its key free.
+    assert (await post(queue, "other")).status_code == 201
+
+
+async def test_a_repeat_after_the_queue_was_forgotten_gets_the_job(world: World):
+    queue = await world.replica(create_queues=False)
+    await queue.http.put("/queues/q", json={"dead_letter_queue": None})
+    await queue.http.put("/queues/gone", json={})
+    first = (await post(queue, dead_letter_queue="gone")).json()
+    await queue.http.delete("/queues/gone")
+    again = await post(queue, dead_letter_queue="gone")
+    assert (again.status_code, again.json()["id"]) == (200, first["id"])
+    problem(await post(queue, "other", dead_letter_queue="gone"), "invalid")

@@ -89,9 +89,23 @@ async def test_the_same_settle_again_gets_the_recorded_answers(queue: Replica):
 
 async def test_a_job_may_be_named_once(queue: Replica):
     [job] = await leased(queue, 1)
-    answer = await queue.http.post("/settle", json={"items": [item(job), item(job, "release")]})
-    assert answer.status_code == 422
-    assert (await queue.job(job["id"]))["state"] == "active"
+    for other in (
+        item(job, "release"),
+        item(job) | {"job_id": job["id"].upper()},
+        item(job) | {"surprise": 1},
+        {"job_id": job["id"]},
+    ):
+        answer = await queue.http.post("/settle", json={"items": [item(job), other]})
+        assert answer.status_code == 422
+        assert (await queue.job(job["id"]))["state"] == "active"
+    # What is no name of a job names none twice.
+    assert [
+        each["status"] for each in await settle(queue, item(job), *[item(job) | {"job_id": "x"}] * 2)
+    ] == [
+        200,
+        404,
+        404,
+    ]
 
 
 async def test_a_thousand_items_are_the_most(queue: Replica):

@@ -1,6 +1,7 @@
 """`then` on an ack: follow-up jobs in the same transaction."""
 
 import asyncio
+from datetime import timedelta
 from typing import Any
 
 import httpx
@@ -184,3 +185,39 @@ async def test_an_ack_that_comes_after_the_reaper_enqueues_nothing(queue: Replic
     await queue.maintain()
     problem(await queue.verb("ack", job, then=[next_job()]), "lease_lost")
     assert await queue.lease("next") == []
+
+
+async def test_a_repeat_after_a_follow_ups_start_deadline_gets_the_recorded_answer(
+    world: World, queue: Replica, clock: Clock
+):
+    until = (clock.move(0) + timedelta(seconds=60)).isoformat()
+    first, second, third = [await leased(queue) for _ in range(3)]
+    late = next_job(expires_at=until)
+    done = (await queue.verb("ack", first, then=[late])).json()
+    items = [ack_item(first, late), ack_item(second, late), ack_item(third)]
+    clock.move(61)
+    again = await queue.verb("ack", first, then=[late])
+    assert (again.status_code, again.json()["then"]) == (200, done["then"])
+    async with nothing_changes(world):
+        assert problem(await queue.verb("ack", second, then=[late]), "invalid")
+    results = (await queue.http.post("/settle", json={"items": items})).json()["results"]
+    assert [each["status"] for each in results] == [200, 422, 200]
+    assert (results[0]["state"], results[0]["then"]) == ("completed", done["then"])
+
+
+async def test_many_follow_ups_in_one_call_wait_for_a_batchs_turn(
+    world: World, queue: Replica, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("app.engine.once.BATCHES_IN_LINE_MAX", 0)
+    jobs = [await leased(queue) for _ in range(7)]
+    few, many = ([ack_item(job, *[next_job()] * 100) for job in part] for part in (jobs[:3], jobs[3:]))
+    assert (await queue.http.post("/settle", json={"items": few})).status_code == 200
+    async with nothing_changes(world):
+        for path, body in [("/settle", {"items": many}), ("/lease", {"queues": ["q"], "settle": many})]:
+            refused = await queue.http.post(path, json=body)
+            problem(refused, "unavailable")
+            assert int(refused.headers["retry-after"]) > 0
+    monkeypatch.setattr("app.engine.once.BATCHES_IN_LINE_MAX", 1)
+    results = (await queue.http.post("/settle", json={"items": many})).json()["results"]
+    assert [(each["status"], len(each["then"])) for each in results] == [(200, 100)] * 4
+    assert len(queue.events.of(JobEnqueued)) == 7 + 700
