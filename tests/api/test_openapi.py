@@ -303,7 +303,7 @@ async def once(call: Checked) -> None:
         await call("POST", "/jobs/batch", **batch | {"json": body})
 
 
-async def run_schedules(call: Checked) -> None:
+async def run_schedules(call: Checked, world: World) -> None:
     """Do all that can be done with a schedule."""
     job = {"queue": "emails", "expires_in_seconds": 30, "metadata": {"a": 1}, "backoff": {"factor": 2}}
     for payload in (1, 2, "x" * 200):
@@ -324,6 +324,13 @@ async def run_schedules(call: Checked) -> None:
             await call("POST", "/schedules/{name}/trigger", name="u")
     for query in ("", "?limit=0"):
         await call("GET", "/schedules", query)
+    # As other rules than ours might have stored it.
+    connection = await world.connect()
+    await connection.execute(
+        """UPDATE schedules SET definition = definition || '{"missed": "all"}' WHERE name = 's'"""
+    )
+    for verb in ("pause", "resume"):
+        await call("POST", f"/schedules/{{name}}/{verb}", name="s")
     for _ in range(2):
         await call("DELETE", "/schedules/{name}", name="s")
 
@@ -369,7 +376,7 @@ async def test_what_is_really_answered_is_what_is_documented(world: World, docum
     await run_queues(call)
     await direct_workers(call)
     await once(call)
-    await run_schedules(call)
+    await run_schedules(call, world)
     await look(call, job_ids)
     await misuse(call, document, job_ids[-1])
     queue.machine.service.drain()
