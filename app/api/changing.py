@@ -1,6 +1,5 @@
 """Operators' verbs with a body: edit a job; retry, cancel, delete and update many by a filter. All thin routes."""
 
-import base64
 import hashlib
 from collections.abc import Sequence
 from datetime import datetime
@@ -9,6 +8,7 @@ from uuid import UUID
 
 from msgspec import UNSET, Meta, Raw, Struct, UnsetType
 
+from app.api import cursors
 from app.api.schemas import (
     TAGS_MAX,
     BackoffBody,
@@ -228,7 +228,7 @@ def _reply(done: Bulk, mark: bytes) -> BulkReply:
     cursor = None
     if done.position is not None:
         raw = done.position.after.bytes + done.position.until.bytes + mark
-        cursor = base64.urlsafe_b64encode(raw).decode()
+        cursor = cursors.write(raw)
     return BulkReply(done.matched, done.changed, cursor)
 
 
@@ -236,11 +236,11 @@ def _position(cursor: str | None, mark: bytes) -> Position | None:
     """Return where a cursor points to. Raises InvalidRequestError when it is none, or of another call."""
     if cursor is None:
         return None
+    raw = cursors.read(cursor)
     try:
-        raw = base64.urlsafe_b64decode(cursor)
         position = Position(UUID(bytes=raw[:16]), UUID(bytes=raw[16:32]))
     except ValueError:
-        raise InvalidRequestError("cursor", "is not a cursor of this service") from None
+        raise cursors.not_ours() from None
     if raw[32:] != mark:
         raise InvalidRequestError("cursor", "belongs to a call of another verb, or with another filter")
     return position

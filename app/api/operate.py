@@ -1,7 +1,6 @@
 """What operators and monitors ask: jobs, counts, health, metrics. FastAPI's own routes."""
 
 import asyncio
-import base64
 import hashlib
 from datetime import UTC, datetime
 from typing import Annotated
@@ -11,6 +10,7 @@ from fastapi import APIRouter, Path, Query, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field
 
+from app.api import cursors
 from app.api.answers import answers, json_response
 from app.api.schemas import (
     NAME_LENGTH_MAX,
@@ -242,18 +242,18 @@ async def _read_database_gauges(service: Service, metrics: Metrics) -> None:
 
 
 def _cursor(last: UUID, wanted: JobFilter) -> str:
-    return base64.urlsafe_b64encode(last.bytes + _fingerprint(wanted)).decode().rstrip("=")
+    return cursors.write(last.bytes + _fingerprint(wanted))
 
 
 def _position(cursor: str | None, wanted: JobFilter) -> UUID | None:
     """Return the id that a cursor names. Raises InvalidRequestError when it is none, or of another list."""
     if cursor is None:
         return None
+    raw = cursors.read(cursor)
     try:
-        raw = base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4))
         position = UUID(bytes=raw[:16])
     except ValueError:
-        raise InvalidRequestError("cursor", "is not a cursor of this service") from None
+        raise cursors.not_ours() from None
     if raw[16:] != _fingerprint(wanted):
         raise InvalidRequestError("cursor", "belongs to a list with other filters")
     return position

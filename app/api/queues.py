@@ -1,6 +1,5 @@
 """Queues as a whole: their policies, and what operators do with them."""
 
-import base64
 from dataclasses import asdict
 from typing import Annotated, Any
 
@@ -8,6 +7,7 @@ from fastapi import APIRouter, Path, Query, Response
 from msgspec import Meta, Struct
 from pydantic import BaseModel, ConfigDict, Field
 
+from app.api import cursors
 from app.api.answers import answers, json_response
 from app.api.operate import LIMIT_DEFAULT, LIMIT_MAX
 from app.api.schemas import (
@@ -27,7 +27,7 @@ from app.api.schemas import (
 from app.api.thin import Call, Operation, Reply, encode
 from app.engine.queues import QueueShown
 from app.engine.service import Service
-from app.queue.errors import InvalidRequestError, QueueNotFoundError
+from app.queue.errors import QueueNotFoundError
 from app.queue.model import NOTHING_NAMED, JobPolicy, QueuePolicy
 
 TYPES_MAX = 200
@@ -222,9 +222,12 @@ def router(service: Service) -> APIRouter:
         openapi_extra=answers(QueuesReply, "A page.", "invalid"),
     )
     async def list_queues(query: Annotated[QueuesQuery, Query()]) -> Response:
-        shown, last = await service.queues.page(query.limit, _position(query.cursor))
+        shown, last = await service.queues.page(query.limit, cursors.read_name(query.cursor, is_name))
         return json_response(
-            QueuesReply([QueueReply.of(each) for each in shown], None if last is None else _cursor(last))
+            QueuesReply(
+                [QueueReply.of(each) for each in shown],
+                None if last is None else cursors.write(last.encode()),
+            )
         )
 
     @routes.get(
@@ -294,23 +297,6 @@ def known(name: str) -> str:
     """Return the name if a queue can have it. Raises QueueNotFoundError."""
     if not is_name(name):
         raise QueueNotFoundError
-    return name
-
-
-def _cursor(last: str) -> str:
-    return base64.urlsafe_b64encode(last.encode()).decode().rstrip("=")
-
-
-def _position(cursor: str | None) -> str:
-    """Return the name that a cursor names. Raises InvalidRequestError when it is none."""
-    if cursor is None:
-        return ""
-    try:
-        name = base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4)).decode()
-    except ValueError:
-        name = ""
-    if not is_name(name):
-        raise InvalidRequestError("cursor", "is not a cursor of this service")
     return name
 
 

@@ -1,6 +1,5 @@
 """Schedules over HTTP: put, show, list, delete, pause, resume, trigger, and their runs."""
 
-import base64
 import struct
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -12,6 +11,7 @@ from fastapi import APIRouter, Path, Query, Response
 from msgspec import UNSET, Meta, Raw, Struct
 from pydantic import BaseModel, ConfigDict, Field
 
+from app.api import cursors
 from app.api.answers import answers, json_response
 from app.api.operate import LIMIT_DEFAULT, LIMIT_MAX
 from app.api.schemas import DELAY_SECONDS_MAX, BackoffBody, EnqueueBody, JobReply, UniqueBody, is_name
@@ -253,9 +253,9 @@ def router(service: Service) -> APIRouter:
         ),
     )
     async def list_schedules(query: Annotated[PageQuery, Query()]) -> Response:
-        page, last = await service.schedules.page(query.limit, _name_after(query.cursor))
+        page, last = await service.schedules.page(query.limit, cursors.read_name(query.cursor, is_name))
         replies = await _replies(service, page)
-        return json_response(SchedulesReply(replies, None if last is None else _cursor(last.encode())))
+        return json_response(SchedulesReply(replies, None if last is None else cursors.write(last.encode())))
 
     @routes.get(
         "/schedules/{name}",
@@ -325,7 +325,7 @@ def router(service: Service) -> APIRouter:
     )
     async def list_runs(name: Name, query: Annotated[PageQuery, Query()]) -> Response:
         runs, last = await service.schedules.runs(_known(name), query.limit, _position(query.cursor))
-        cursor = None if last is None else _cursor(_POSITION.pack(*_parts(last)))
+        cursor = None if last is None else cursors.write(_POSITION.pack(*_parts(last)))
         return json_response(RunsReply([RunReply.of(run) for run in runs], cursor))
 
     return routes
@@ -360,37 +360,12 @@ def _parts(position: RunPosition) -> tuple[int, bool]:
     return (fire_at - _EPOCH) // timedelta.resolution, triggered
 
 
-def _cursor(position: bytes) -> str:
-    return base64.urlsafe_b64encode(position).decode().rstrip("=")
-
-
-def _read_cursor(cursor: str) -> bytes:
-    try:
-        return base64.b64decode(cursor + "=" * (-len(cursor) % 4), altchars=b"-_", validate=True)
-    except ValueError:
-        raise _not_ours() from None
-
-
-def _name_after(cursor: str | None) -> str:
-    """Return the name that a cursor goes on after. Raises InvalidRequestError when it is none."""
-    if cursor is None:
-        return ""
-    name = _read_cursor(cursor).decode(errors="replace")
-    if not is_name(name):
-        raise _not_ours()
-    return name
-
-
 def _position(cursor: str | None) -> RunPosition | None:
     """Return the run that a cursor goes on after. Raises InvalidRequestError when it is none."""
     if cursor is None:
         return None
     try:
-        microseconds, triggered = _POSITION.unpack(_read_cursor(cursor))
+        microseconds, triggered = _POSITION.unpack(cursors.read(cursor))
         return RunPosition(_EPOCH + timedelta(microseconds=microseconds), triggered)
     except (struct.error, OverflowError):
-        raise _not_ours() from None
-
-
-def _not_ours() -> InvalidRequestError:
-    return InvalidRequestError("cursor", "is not a cursor of this list")
+        raise cursors.not_ours() from None

@@ -1,6 +1,5 @@
 """Workers as a whole: who they are, and what operators tell them."""
 
-import base64
 from datetime import datetime
 from typing import Annotated
 
@@ -8,11 +7,12 @@ from fastapi import APIRouter, Path, Query, Response
 from msgspec import Meta, Struct
 from pydantic import BaseModel, ConfigDict, Field
 
+from app.api import cursors
 from app.api.answers import answers, json_response
 from app.api.operate import LIMIT_DEFAULT, LIMIT_MAX
 from app.api.schemas import WORKER_LENGTH_MAX, DirectiveShown, is_clean
 from app.engine.service import Service
-from app.queue.errors import InvalidRequestError, WorkerNotFoundError
+from app.queue.errors import WorkerNotFoundError
 from app.queue.model import Directive, Worker
 
 
@@ -77,9 +77,9 @@ def router(service: Service) -> APIRouter:
         openapi_extra=answers(WorkersReply, "A page.", "invalid"),
     )
     async def list_workers(query: Annotated[WorkersQuery, Query()]) -> Response:
-        workers, last = await service.workers.page(query.limit, _position(query.cursor))
+        workers, last = await service.workers.page(query.limit, cursors.read_name(query.cursor, _may_be))
         shown = [WorkerReply.of(worker) for worker in workers]
-        return json_response(WorkersReply(shown, None if last is None else _cursor(last)))
+        return json_response(WorkersReply(shown, None if last is None else cursors.write(last.encode())))
 
     async def direct(name: str, directive: Directive) -> Response:
         if not is_clean(name):
@@ -123,18 +123,5 @@ def router(service: Service) -> APIRouter:
     return routes
 
 
-def _cursor(last: str) -> str:
-    return base64.urlsafe_b64encode(last.encode()).decode().rstrip("=")
-
-
-def _position(cursor: str | None) -> str:
-    """Return the name that a cursor names. Raises InvalidRequestError when it is none."""
-    if cursor is None:
-        return ""
-    try:
-        name = base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4)).decode()
-    except ValueError:
-        name = ""
-    if not name or not is_clean(name) or len(name) > WORKER_LENGTH_MAX:
-        raise InvalidRequestError("cursor", "is not a cursor of this service")
-    return name
+def _may_be(name: str) -> bool:
+    return bool(name) and is_clean(name) and len(name) <= WORKER_LENGTH_MAX
