@@ -278,7 +278,7 @@ def router(service: Service) -> APIRouter:
     @routes.post(
         "/schedules/{name}/pause",
         summary="Let a schedule fire no more",
-        openapi_extra=answers(ScheduleReply, "It is paused.", "not_found"),
+        openapi_extra=answers(ScheduleReply, "It is paused.", "not_found", "invalid"),
     )
     async def pause_schedule(name: Name) -> Response:
         await service.schedules.pause(_known(name))
@@ -288,7 +288,7 @@ def router(service: Service) -> APIRouter:
         "/schedules/{name}/resume",
         summary="Let a paused schedule fire again",
         description="What was due while it was paused does not fire: one run says how many fires that were.",
-        openapi_extra=answers(ScheduleReply, "It fires again.", "not_found"),
+        openapi_extra=answers(ScheduleReply, "It fires again.", "not_found", "invalid"),
     )
     async def resume_schedule(name: Name) -> Response:
         await service.schedules.resume(_known(name))

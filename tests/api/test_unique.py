@@ -362,6 +362,7 @@ async def test_the_sweep_leaves_what_is_held(world: World, queue: Replica, clock
 
 
 async def test_the_sweep_goes_on_where_it_ended(queue: Replica, monkeypatch: pytest.MonkeyPatch):
+    await queue.first_round()
     monkeypatch.setattr("app.engine.maintenance.BATCH", 2)
     living = [await stored(queue, key=f"k{n}") for n in range(4)]
     gone = await stored(queue, key="k4")
