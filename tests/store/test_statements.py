@@ -84,11 +84,11 @@ async def test_fail_and_release_are_one_transaction_of_two_statements(
     assert statements == TRANSACTION
 
 
-async def test_a_cancel_is_one_statement_that_commits_itself(queue: Replica):
+async def test_a_cancel_is_one_statement_that_waits_for_locks_no_longer_than_it_may(queue: Replica):
     job = await queue.enqueue()
     async with logged(queue) as statements:
         assert (await queue.http.post(f"/jobs/{job['id']}/cancel")).status_code == 200
-    assert statements == ["cancel"]
+    assert statements == ["BEGIN;", "SET LOCAL lock_timeout = '2.0s'", "cancel", "COMMIT;"]
 
 
 async def test_a_retry_of_a_job_without_a_unique_key_is_a_look_and_a_move_in_one_transaction(queue: Replica):
