@@ -314,6 +314,7 @@ class TestRetry:
         await duplicate_of(queue, first)
 
     async def test_it_takes_its_key_back_when_the_row_has_been_swept(self, queue: Replica):
+        await queue.first_round()
         first = await stored(queue)
         await queue.http.post(f"/jobs/{first['id']}/cancel")
         assert (await queue.maintain())["sweep"] == 1

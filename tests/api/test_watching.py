@@ -159,6 +159,7 @@ async def test_one_look_is_for_all_that_is_watched_and_none_holds_a_connection(w
 
 async def test_nobody_looks_while_nobody_watches(world: World):
     queue = await world.replica(db_pool_size=1)
+    await queue.first_round()
     job = await queue.enqueue()
     reply = await watched(queue, job)
     await queue.verb("ack", await queue.lease_one())

@@ -83,6 +83,8 @@ PARTS = {
     "of_group": "",
     "schedule": schedules._SCHEDULE,
     "which": schedules._ONE,
+    "keyed": schedules._KEYED,
+    "kind": schedules._PLAIN,
 }
 """What the store puts in the place of those names."""
 

@@ -208,7 +208,9 @@ async def test_maintain_once_tells_how_many_rows_each_task_changed(world: World,
     )
     assert code == 0, said
     changed = {task: int(count) for task, count in (line.split() for line in said.splitlines())}
-    assert changed.keys() == {"days", "reap", "expire", "schedules", "promote", "fold", "retain", "sweep"}
+    assert changed.keys() == {
+        *("days", "reap", "expire", "schedules", "promote", "keyed_schedules", "fold", "retain", "sweep")
+    }
     assert (changed["reap"], changed["promote"], changed["retain"]) == (1, 1, 0)
     assert changed["fold"] > 0
 
