@@ -344,6 +344,7 @@ class TestRetry:
 
 
 async def test_the_sweep_leaves_what_is_held(world: World, queue: Replica, clock: Clock):
+    await queue.first_round()
     clock.move(0)
     await stored(queue, key="living")
     await stored(queue, key="window", scope="window", window_seconds=60, priority=9)
